@@ -1,0 +1,44 @@
+# The only set-up: `make test` and `make demo` create the virtual environment if it is not there.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: test check lint format demo bench clean
+
+test: lint check
+
+check: $(VENV)/.installed
+	$(PY) -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: $(VENV)/.installed
+	$(PY) -m examples.digits
+
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks
+
+# torch goes first and pinned: left to the resolver it can bring gigabytes of CUDA libraries.
+# torchvision and timm are wanted for their networks alone, so without what they depend on.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[dev,demo]'
+	$(PIP) --no-deps torchvision timm
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) --no-deps torch-pruning==1.6.1
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Which channels matter: scores over pruning groups."""

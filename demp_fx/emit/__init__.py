@@ -1,0 +1,1 @@
+"""Writing a compiled module out as files that need torch alone."""

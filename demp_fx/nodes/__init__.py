@@ -1,0 +1,1 @@
+"""What inserted graph nodes run."""

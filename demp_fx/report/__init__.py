@@ -1,0 +1,1 @@
+"""What a compilation did: data, and tables made from it."""

@@ -1,0 +1,1 @@
+"""Training with a network that narrows while it learns."""
