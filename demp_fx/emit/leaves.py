@@ -81,24 +81,22 @@ def _builds(call: str, leaf: nn.Module) -> bool:
     except Exception:  # a wrong guess fails in any way it likes; the caller tries the next
         return False
     return (
-        type(twin) is type(leaf)
+        list(map(type, twin.modules())) == list(map(type, leaf.modules()))
         and _shapes(twin) == _shapes(leaf)
-        and all(
-            _like(ours, theirs) for ours, theirs in zip(twin.modules(), leaf.modules(), strict=True)
-        )
+        and all(map(_like, twin.modules(), leaf.modules()))
     )
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    tensors = dict(module.named_parameters(remove_duplicate=False))
-    tensors |= dict(module.named_buffers(remove_duplicate=False))
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: tensor.shape for name, tensor in (*parameters, *buffers)}
 
 
 def _like(twin: nn.Module, module: nn.Module) -> bool:
     """Whether every plain setting of `twin` has the same value in `module`."""
     ours, theirs = vars(twin), vars(module)
-    return type(twin) is type(module) and all(
+    return all(
         name in theirs and _same(value, theirs[name])
         for name, value in ours.items()
         if name != "training" and _plain(value)

@@ -20,7 +20,7 @@ from demp_fx.emit import tensors
 from demp_fx.emit.structure import Structure
 from demp_fx.errors import EmitError
 
-_HEAD = '''"""{name} as demp_fx wrote it: plain PyTorch, with the layers at the widths they are left with.
+_HEAD = '''"""{name} as demp_fx wrote it: plain PyTorch at the widths that are left.
 
 `load()` builds the module and reads the weights that lie beside this file.
 """
@@ -84,7 +84,9 @@ def source(module: GraphModule) -> str:
         if re.search(rf"\b{constant}\b", body):
             imports.add(_IMPORTS[constant])
     text = (
-        _HEAD.format(name=name, imports="\n".join(sorted(imports)))
+        _HEAD.format(
+            name=name, imports="\n".join(sorted(imports, key=lambda line: line.split()[1]))
+        )
         + unpack
         + tree
         + f"\n\nclass {name}(nn.Module):\n    def __init__(self) -> None:\n"
@@ -152,7 +154,5 @@ def _check(text: str, name: str, module: GraphModule) -> None:
     ours = {key: (value.shape, value.dtype) for key, value in built.items()}
     theirs = {key: (value.shape, value.dtype) for key, value in module.state_dict().items()}
     if ours != theirs:
-        wrong = sorted(
-            key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
-        )
-        raise EmitError(f"the generated module does not fit its weights: {', '.join(wrong[:5])}")
+        wrong = sorted({key for key, _ in ours.items() ^ theirs.items()})[:5]
+        raise EmitError(f"the generated module does not fit its weights: {', '.join(wrong)}")

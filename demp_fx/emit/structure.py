@@ -122,7 +122,7 @@ class Structure:
             raise EmitError(f"'{path}', read by the forward, is a {type(value).__name__}")
 
     def _modes(self, root: GraphModule, read: set[str]) -> None:
-        """train() or eval() of the leaves, and of the modules whose `training` the forward reads."""
+        """train() or eval() of the leaves, and of those whose `training` the forward reads."""
         modes = {"": root.training}
         if not root.training:
             self.lines.append("self.eval()")
