@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -54,12 +55,17 @@ def _class_name(leaf: nn.Module, path: str) -> str:
 
 def _calls(leaf: nn.Module, name: str) -> Iterator[str]:
     """Constructor calls to try: by the class's signature, then what the leaf prints of itself."""
-    arguments = []
+    arguments, silent = [], []
     for parameter in inspect.signature(type(leaf)).parameters.values():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if not named or parameter.name in ("device", "dtype") or not hasattr(leaf, parameter.name):
+        if not named or parameter.name in ("device", "dtype"):
             continue
-        value, default = getattr(leaf, parameter.name), parameter.default
+        default = parameter.default
+        if not hasattr(leaf, parameter.name):
+            if isinstance(default, bool):
+                silent.append(f"{parameter.name}={not default}")
+            continue
+        value = getattr(leaf, parameter.name)
         # `bias=True` is kept as the parameter that it made
         if isinstance(value, torch.Tensor) or (value is None and isinstance(default, bool)):
             value = value is not None
@@ -70,6 +76,10 @@ def _calls(leaf: nn.Module, name: str) -> Iterator[str]:
             arguments.append(f"{parameter.name}={value!r}")
     yield f"{name}({', '.join(arguments)})"
     yield f"{name}({leaf.extra_repr()})"
+    # flags that left no attribute behind, such as MultiheadAttention's `bias`
+    for count in range(1, len(silent) + 1):
+        for flags in itertools.combinations(silent[:4], count):
+            yield f"{name}({', '.join([*arguments, *flags])})"
 
 
 def _builds(call: str, leaf: nn.Module) -> bool:

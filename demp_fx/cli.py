@@ -1,0 +1,209 @@
+"""The command line: parse, call the library, print. Data on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from demp_fx.errors import DempError, EmitError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a bug in demp_fx (with a traceback)
+  2    wrong use: a file, a shape, weights, an output folder
+  3    the model's forward could not be traced
+  4    the result is not what the model computes, so it was not handed over
+  5    the result could not be written
+  130  interrupted
+"""
+
+
+class _Commands(click.Group):
+    """Turns every way to fail into a message on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DempError as error:
+            _say(f"error: {error}")
+            code = error.exit_code
+        except KeyboardInterrupt:
+            _say("interrupted")
+            code = 130
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # whoever read stdout has gone, which click handles
+            _say("".join(traceback.format_exception(error)).rstrip())
+            _say(f"error: this is a bug in demp_fx: {type(error).__name__}: {error}")
+            code = 1
+        raise click.exceptions.Exit(code)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@click.group(
+    cls=_Commands,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="demp_fx", prog_name="demp-fx")
+def main() -> None:
+    """Cut dead channels out of PyTorch networks, exactly.
+
+    MODEL is a file with a module-level `model` (model.py), something in a file that makes one
+    (model.py:factory), or something in a package (package.module:factory).
+    """
+
+
+_INPUT = click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="[NAME=]SHAPE[:DTYPE]",
+    help="An argument of the forward, such as 1x3x224x224 or mask=1x16:bool; repeatable. "
+    "Default: `example_inputs` of the model's file.",
+)
+_WEIGHTS = click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Weights to load into the model first: .safetensors, or .pt with tensors only.",
+)
+
+
+@main.command("compile")
+@click.argument("model")
+@_INPUT
+@_WEIGHTS
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="Data on which channels are watched: .pt, .npy, .npz or .safetensors. "
+    "Without it only what the weights prove dead is cut.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write. Default: <model>-narrow."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the output folder of an earlier run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--dry-run", is_flag=True, help="Print what would go, write nothing.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the original.")
+def compile_(
+    model: str,
+    inputs: tuple[str, ...],
+    weights: Path | None,
+    calibrate: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    dry_run: bool,
+    no_verify: bool,
+) -> None:
+    """Find what is dead in MODEL and write a narrower module that computes the same."""
+    from demp_fx import compile as narrow
+    from demp_fx.data import check_forward, load_calibration
+    from demp_fx.emit import folder
+    from demp_fx.report import tables
+
+    with redirect_stdout(sys.stderr):  # what the model prints is not the report
+        loaded, example = _load(model, inputs, weights)
+        target = out or Path(f"{loaded.stem}-narrow")
+        if not dry_run:
+            folder.check(target, overwrite)
+        calibration = load_calibration(calibrate, loaded) if calibrate else None
+        if calibration:
+            check_forward(loaded.model, calibration[0], f"the calibration data of {calibrate}")
+        _say(f"compiling {type(loaded.model).__name__}")
+        result = narrow(loaded.model, example, calibration=calibration, verify=not no_verify)
+    for warning in result.report.warnings:
+        _say(f"warning: {warning}")
+    if not dry_run:
+        folder.write(result, target, overwrite)
+        _say(f"wrote {target}")
+    if as_json:
+        click.echo(result.report.model_dump_json(indent=2))
+    else:
+        _print(tables.compile_report(result.report))
+
+
+@main.command()
+@click.argument("model")
+@_INPUT
+@_WEIGHTS
+@click.option("--format", "form", type=click.Choice(["tree", "json"]), default="tree")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write instead of stdout.")
+def inspect(
+    model: str, inputs: tuple[str, ...], weights: Path | None, form: str, out: Path | None
+) -> None:
+    """Print the pruning groups of MODEL: what is cut together, and what is pinned where."""
+    import demp_fx
+    from demp_fx.report import tables
+
+    with redirect_stdout(sys.stderr):
+        loaded, example = _load(model, inputs, weights)
+        graph = demp_fx.analyze(demp_fx.trace(loaded.model, example))
+    if form == "json":
+        _print(graph.to_json(), out)
+    else:
+        _print(tables.dependency_tree(graph, type(loaded.model).__name__), out)
+
+
+@main.command()
+def passes() -> None:
+    """List the passes, one line each."""
+    from demp_fx.passes import CATALOGUE
+
+    width = max((len(name) for name, _ in CATALOGUE), default=0)
+    for name, line in CATALOGUE:
+        click.echo(f"{name:<{width}}  {line}")
+
+
+def _load(model: str, inputs: tuple[str, ...], weights: Path | None) -> tuple[Any, Any]:
+    """The model with its weights, and inputs that it has been seen to take."""
+    from demp_fx import data, loading
+
+    loaded = loading.load_model(model)
+    if weights:
+        loading.load_weights(loaded.model, weights)
+    loading.require_finite(loaded.model)
+    example = data.example_inputs(loaded, inputs)
+    data.check_forward(loaded.model, example, "the example inputs")
+    return loaded, example
+
+
+def _print(what: str | RenderableType, out: Path | None = None) -> None:
+    """To stdout, or to a file as plain text."""
+    from rich.console import Console
+
+    if out is None:
+        if isinstance(what, str):
+            click.echo(what)
+        else:
+            Console().print(what)
+        return
+    try:
+        with out.open("w", encoding="utf-8") as file:
+            if isinstance(what, str):
+                file.write(what.rstrip("\n") + "\n")
+            else:
+                Console(file=file, width=120).print(what)
+    except OSError as error:
+        raise EmitError(f"cannot write {out}: {error}") from error
+    _say(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
