@@ -44,8 +44,9 @@ class Structure:
         called = (node.target for node in root.graph.nodes if node.op == "call_module")
         self._leaves = {id(root.get_submodule(str(target))) for target in called}
         self._tensors(root, "")
-        for name, child in root.named_children():
-            self.lines.append(_assign(name, self._module(child, name)))
+        for name, child in root._modules.items():
+            if child is not None:
+                self.lines.append(_assign(name, self._module(child, name)))
         reads = [str(node.target) for node in root.graph.nodes if node.op == "get_attr"]
         for path in dict.fromkeys(reads):
             self._attribute(root, path)
