@@ -1,10 +1,10 @@
 """Composite modules in plain torch operations, so that tracing sees their parts.
 
-`torch.nn`'s attention and transformer modules choose between fused kernels at run time and cannot be
-traced as they are; stochastic depth reads the rank of its input. Each has one function here that takes
-the module and the arguments of its forward, and computes the same. What `nn.TransformerEncoder` does only
-without gradients (nested tensors, zeros at padded positions) is left out: the result is the one it
-gives when a parameter requires a gradient.
+`torch.nn`'s attention and transformer modules choose between fused kernels at run time; batch
+normalisation and stochastic depth branch on `training`. Each has one function here: it takes the
+module and the arguments of its forward and computes the same in both modes. What
+`nn.TransformerEncoder` does only without gradients (nested tensors, zeros at padded positions) is
+left out: the result is the one it gives when a parameter requires a gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`nn.MultiheadAttention`, for batched and unbatched inputs alike: dims are counted from the end.
+    """`nn.MultiheadAttention`, batched and unbatched alike: dims are counted from the end.
 
     Raises:
         NotImplementedError: `bias_k`, `bias_v` or `add_zero_attn` are in use.
@@ -80,7 +80,7 @@ def _in_projection(
 
 def _split_heads(m: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """[batch, length, embed] or [length, batch, embed] -> [batch, head, length, head_dim]."""
-    heads = x.unflatten(-1, (m.num_heads, m.head_dim))
+    heads: Tensor = torch.unflatten(x, -1, (m.num_heads, m.head_dim))
     return heads.transpose(-3, -2) if m.batch_first else heads.movedim(0, -2)
 
 
@@ -92,7 +92,7 @@ def _attention_mask(
     if attn_mask is not None:
         mask = _additive(attn_mask, query)
         if attn_mask.dim() == 3 and query.dim() == 3:  # [batch * head, target, source]
-            mask = mask.unflatten(0, (-1, m.num_heads))
+            mask = torch.unflatten(mask, 0, (-1, m.num_heads))
     if padding is None:
         return mask
     columns = _additive(padding, query).unsqueeze(-2).unsqueeze(-2)
@@ -128,14 +128,10 @@ def transformer_encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Tensor:
-    """`nn.TransformerEncoder`; a mask is added as it is, not inspected for being causal."""
+    """`nn.TransformerEncoder`; a mask is added as it is, not searched for being causal."""
+    padding, causal = src_key_padding_mask, bool(is_causal)
     for layer in m.layers:
-        src = layer(
-            src,
-            src_mask=mask,
-            src_key_padding_mask=src_key_padding_mask,
-            is_causal=bool(is_causal),
-        )
+        src = layer(src, src_mask=mask, src_key_padding_mask=padding, is_causal=causal)
     return src if m.norm is None else m.norm(src)
 
 
@@ -150,7 +146,7 @@ def transformer_decoder(
     tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
 ) -> Tensor:
-    """`nn.TransformerDecoder`; a mask is added as it is, not inspected for being causal."""
+    """`nn.TransformerDecoder`; a mask is added as it is, not searched for being causal."""
     for layer in m.layers:
         tgt = layer(
             tgt,
@@ -257,5 +253,5 @@ def expression_of(module: nn.Module) -> Expression | None:
     for base in type(module).__mro__:
         found = EXPRESSIONS.get(base) or EXPRESSIONS.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
-            return found if type(module).forward is base.forward else None
+            return found if type(module).forward is vars(base)["forward"] else None
     return None

@@ -1,4 +1,4 @@
-"""The module that tracing hands over: a GraphModule that keeps what fx drops in copies and pickles."""
+"""The module that tracing hands over: a GraphModule whose copies and pickles keep all of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TraceNotes:
 
 
 class TracedModule(fx.GraphModule):
-    """A GraphModule of which meta, node sources and non-persistent buffers survive copies and pickle."""
+    """A GraphModule; its meta, node sources and buffers' persistence outlive copies and pickles."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         copied = super().__deepcopy__(memo)
@@ -60,7 +60,7 @@ def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]])
 
 
 def assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
-    """A GraphModule that has all of `root`'s parameters and buffers, by name, order and persistence.
+    """A GraphModule with all of `root`'s parameters and buffers: names, order and persistence.
 
     Containers are new; leaf modules and tensors are shared with `root`.
     """

@@ -1,0 +1,1 @@
+"""How `demp_fx.trace` works."""

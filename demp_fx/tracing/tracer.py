@@ -1,0 +1,234 @@
+"""The symbolic tracer behind `demp_fx.trace`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
+
+from demp_fx.expressions import expression_of
+from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
+from demp_fx.tracing.values import (
+    UNKNOWN,
+    Flag,
+    KnownProxy,
+    TensorProxy,
+    Values,
+    on_meta,
+    set_modes,
+)
+
+# ATen's own functions refuse a proxy as a size or a flag before they ask it to take over.
+_ATEN = {
+    function
+    for module in (torch, F)
+    for name, function in vars(module).items()
+    if isinstance(function, types.BuiltinFunctionType)
+    and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+}
+# Without a user these leave no trace: the rest of control flow that has been decided.
+_PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
+_PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
+_PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+
+
+class Tracer(fx.Tracer):
+    """Traces one module once.
+
+    Args:
+        bound: the example inputs as arguments of the root's forward.
+
+    Attributes:
+        opaque, baked: see `TraceNotes`.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, bound: inspect.BoundArguments) -> None:
+        super().__init__(autowrap_functions=tuple(_ATEN))
+        self._autowrap_search += [torch, F]
+        self.bound = bound
+        self.opaque: dict[str, str] = {}
+        self.baked: dict[str, None] = {}
+        self.tensor_proxies: dict[str, TensorProxy] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of `root`, a module, without what only decided control flow."""
+        self.names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
+        self.modes = {m: m.training for m in root.modules()}
+        self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
+        set_modes(self.flags)
+        try:
+            graph = super().trace(root, concrete_args)
+        finally:
+            set_modes(self.modes)
+        graph._tracer_cls = None
+        for node in reversed(graph.nodes):
+            node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
+            if not node.users and (node.op == "get_attr" or node.target in _PURE):
+                graph.erase_node(node)
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        self.values = Values(self.root, self.graph, self.modes, self.flags)
+        arguments = self.bound.arguments
+        for name, value in arguments.items():
+            kind = self.bound.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                many = enumerate(value)
+                arguments[name] = tuple(self._placeholder(f"{name}_{i}", v) for i, v in many)
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                arguments[name] = {key: self._placeholder(key, v) for key, v in value.items()}
+            else:
+                arguments[name] = self._placeholder(name, value)
+        expression = None if _hooked(self.root) else expression_of(self.root)
+        # _call_impl, not forward: it runs the root's hooks, and a forward set on the instance.
+        call = functools.partial(expression, self.root) if expression else self.root._call_impl
+        return functools.partial(call, *self.bound.args, **self.bound.kwargs), []
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        """A proxy for an argument with tensors in it; any other is an argument without effect."""
+        proxy = self.create_proxy("placeholder", name, (), {})
+        self.values.env[proxy.node] = on_meta(value)
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            return proxy
+        self.baked[f"argument `{name}` fixed at {value!r}"] = None
+        return value
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        standard = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return module_qualified_name in self.opaque or (standard and not m._modules)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.values.busy:
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        expression = expression_of(m)
+        reason = _left_whole(m, expression is not None or self.is_leaf_module(m, name))
+        if reason:
+            self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
+        if self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        mark, stack = len(self.graph.nodes), self.module_stack.copy()
+        body = functools.partial(expression, m) if expression else forward
+        try:
+            return super().call_module(m, body, args, kwargs)
+        except Exception as error:
+            self._roll_back(mark)
+            self.module_stack = stack
+            self.opaque[name] = f"{first_line(error)} at {failed_at(error)}"
+            try:
+                return super().call_module(m, forward, args, kwargs)
+            except Exception:  # its arguments cannot be in a graph: left to the caller
+                self.module_stack = stack
+                del self.opaque[name]
+                raise error from None
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
+    ) -> Any:
+        if target is torch._assert and self.values.of(args[0]) is True:
+            return args[0]  # holds for these sizes, and need not for narrower ones
+        if kind == "call_function" and _is_wrapped(target):
+            mark = len(self.graph.nodes)
+            try:
+                result = target(*args, **kwargs)
+                if isinstance(result, fx.Proxy):
+                    return result
+                reason = f"returns a {type(result).__name__} at {user_line(sys._getframe())}"
+            except Exception as error:
+                reason = f"{first_line(error)} at {failed_at(error)}"
+            self._roll_back(mark)
+            self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
+        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
+    def _roll_back(self, mark: int) -> None:
+        for node in reversed(list(self.graph.nodes)[mark:]):
+            self.graph.erase_node(node)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["source"] = user_line(sys._getframe())
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Attribute) and a._node is not None and a._node._erased:
+            a._node = None  # it was made by an attempt that was rolled back
+        if isinstance(a, Tensor):
+            if id(a) in self.names:
+                return self.create_node("get_attr", self.names[id(a)], (), {})
+            if a.grad_fn is not None:
+                raise TypeError("a tensor computed from parameters in a way that cannot be traced")
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        name = self.names.get(id(attr_val))
+        if name is None or self.values.busy:
+            return attr_val
+        proxy = self.tensor_proxies.get(name)
+        if proxy is None or proxy.node._erased:
+            node = self.create_node("get_attr", name, (), {})
+            proxy = self.tensor_proxies[name] = TensorProxy(node, self, attr_val)
+        return proxy
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return KnownProxy(node, self)
+
+    def decided(self, proxy: Any) -> Any:
+        """The value of `proxy`, from now on taken as given; refused where it depends on data."""
+        value = self.values.of(proxy)
+        if value is UNKNOWN or isinstance(value, Tensor):
+            raise TypeError("control flow depends on the values in a tensor")
+        self._note(proxy.node)
+        return value
+
+    def _note(self, node: fx.Node) -> None:
+        modes = self.values.training
+        found = [modes[n.target] for n in (node, *node.all_input_nodes) if n.target in modes]
+        what = f"{'train' if found[0] else 'eval'} mode" if found else "the example inputs' sizes"
+        self.baked[f"{quoted(user_line(sys._getframe()))} followed for {what}"] = None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decided(obj))
+
+    def length(self, proxy: Any) -> int:
+        """How many items `proxy` has."""
+        value = self.values.of(proxy)
+        if isinstance(value, Tensor):
+            self._note(proxy.node)
+        return len(value if hasattr(value, "__len__") else self.decided(proxy))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        value = self.values.of(obj)
+        return iter(value if isinstance(value, dict) else [obj[i] for i in range(len(obj))])
+
+
+def _is_wrapped(target: Any) -> bool:
+    """Whether a function came here by torch.fx.wrap."""
+    return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _left_whole(module: nn.Module, replaced: bool) -> str | None:
+    """Why `module` must not be looked into; `replaced`: its forward would not be run as it is."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript module"
+    if is_parametrized(module):
+        return "parametrized module"
+    return "forward hooks" if replaced and _hooked(module) else None

@@ -1,0 +1,151 @@
+"""What is known of a graph's values while it is traced, and the proxies that let Python ask."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+from torch.utils import _pytree as pytree
+
+
+class Unknown:
+    """The type of `UNKNOWN`, the value of a node that cannot be run on meta tensors."""
+
+
+UNKNOWN = Unknown()
+
+
+def on_meta(value: Any) -> Any:
+    """`value` with every tensor in it on the meta device."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value)
+
+
+def set_modes(modes: Mapping[nn.Module, Any]) -> None:
+    """Set modules' `training`, past `nn.Module.__setattr__`, which would not take a proxy."""
+    for module, mode in modes.items():
+        module.__dict__["training"] = mode
+
+
+class Values(fx.Interpreter):
+    """What nodes give on meta tensors, worked out when asked for: sizes are known, data is not.
+
+    Args:
+        root: the module being traced; its `training` attributes are proxies meanwhile.
+        graph: the graph so far; the values of its placeholders have to be put into `env`.
+        modes: the true train()/eval() flags of all modules.
+        flags: the proxies that stand for them.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        modes: Mapping[nn.Module, bool],
+        flags: Mapping[nn.Module, Flag],
+    ) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.modes, self.flags = modes, flags
+        self.training = {flag.target: modes[module] for module, flag in flags.items()}
+        self.busy = False  # modules run for real: nothing is to be recorded
+        self.tried: set[fx.Node] = set()
+
+    def of(self, proxy: Any) -> Any:
+        """The value of a proxy, or `UNKNOWN`; anything but a proxy is its own value."""
+        if not isinstance(proxy, fx.Proxy):
+            return proxy
+        pending = []
+        node = proxy.node
+        while node.op != "root" and node not in self.tried:
+            pending.append(node)
+            node = node.prev
+        for node in reversed(pending):
+            self.tried.add(node)
+            if node not in self.env:
+                with contextlib.suppress(Exception), self._running():
+                    self.env[node] = self.run_node(node)
+        return self.env.get(proxy.node, UNKNOWN)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        self.busy = True
+        try:
+            with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            self.busy = False
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.training:
+            return self.training[target]
+        return on_meta(super().get_attr(target, args, kwargs))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        state = on_meta({**dict(module.named_parameters()), **dict(module.named_buffers())})
+        set_modes({m: self.modes[m] for m in module.modules()})
+        try:
+            return torch.func.functional_call(module, state, args, kwargs)
+        finally:
+            set_modes({m: self.flags[m] for m in module.modules()})
+
+
+class _Known:
+    """Sizes known from the example inputs may steer Python; assignment to items is recorded."""
+
+    tracer: Any
+
+    def __getattr__(self, name: str) -> KnownAttribute:
+        return KnownAttribute(self, name)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return int(self.tracer.length(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.decided(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decided(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decided(self))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class KnownProxy(_Known, fx.Proxy):
+    """The proxy of a node."""
+
+
+class KnownAttribute(_Known, Attribute):
+    """The proxy of an attribute of a proxy; a node only where it is not called as a method."""
+
+
+class TensorProxy(KnownProxy):
+    """A parameter or buffer; its sizes are plain numbers."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.shape, self.ndim = tensor.shape, tensor.ndim
+        self.size, self.dim, self.numel = tensor.size, tensor.dim, tensor.numel
+
+
+class Flag(KnownProxy):
+    """`module.training`: a node of its own from its first use on."""
+
+    def __init__(self, tracer: fx.Tracer, target: str) -> None:
+        self.tracer, self.target = tracer, target
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        if self._node is None or self._node._erased:
+            self._node = self.tracer.create_node("get_attr", self.target, (), {})
+        return self._node
