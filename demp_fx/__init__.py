@@ -1,0 +1,18 @@
+"""Demon pruning as a compiler pass: networks that get physically narrower while they train."""
+
+from demp_fx.channels.analysis import analyze
+from demp_fx.channels.dependencies import DependencyGraph
+from demp_fx.compiler import CompileResult, compile
+from demp_fx.passes.plan import PruningPlan
+from demp_fx.report.model import CompileReport
+from demp_fx.trace import trace
+
+__all__ = [
+    "CompileReport",
+    "CompileResult",
+    "DependencyGraph",
+    "PruningPlan",
+    "analyze",
+    "compile",
+    "trace",
+]

@@ -1,0 +1,86 @@
+"""Where cutting the graph pays: a gather before a reader, an `index_add` after a narrow branch.
+
+Memory traffic is not free. A cut is weighed in numbers moved: what the gather itself moves, against
+what the removed channels would have moved and multiplied behind (or before) it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.solve import Solution, solve
+from demp_fx.channels.system import Edge, System
+
+Cuts = Literal["pays", "always", "never"]
+
+# Multiplications in the time of moving one number: about ten on a CPU core and over a hundred with
+# tensor cores; low values cut less.
+MACS_PER_NUMBER = 32
+
+
+def decide(system: System, cuts: Cuts = "pays") -> Solution:
+    """Solve, and close every cut that does not pay ("never": all, "always": none)."""
+    edges = system.edges
+    hard = {id(e) for e in edges} if cuts == "never" else set()
+    solution = solve(system, hard)
+    while cuts == "pays":
+        cost = _Costs(system, solution)
+        places: dict[str, list[Edge]] = defaultdict(list)
+        for edge in edges:
+            if id(edge) not in hard and is_cut(solution, edge):
+                places[edge.consumer + ("+" + edge.producer if edge.sum else "")].append(edge)
+        closed = {
+            id(e) for place in places.values() if sum(map(cost.gain, place)) <= 0 for e in place
+        }
+        if not closed:
+            break
+        hard |= closed
+        solution = solve(system, hard)
+    return solution
+
+
+def is_cut(solution: Solution, edge: Edge) -> bool:
+    """Whether channels differ on the two sides of an edge."""
+    return not torch.equal(solution.kept(edge.source), solution.kept(edge.target))
+
+
+class _Costs:
+    """What one channel of each atom class moves and multiplies."""
+
+    def __init__(self, system: System, solution: Solution) -> None:
+        root, size = solution.root, system.atoms
+        moved = [(t.atoms, 2.0 * t.elements) for t in system.traffic]
+        worked: list[tuple[Tensor, float]] = []
+        for read in system.reads:
+            for side in (read.inputs, *read.outputs):
+                worked.append((side, read.macs / MACS_PER_NUMBER / max(1, side.numel())))
+        self.solution = solution
+        self.price = _weigh(root, size, moved + worked)
+
+    def gain(self, edge: Edge) -> float:
+        """Numbers saved by cutting here, less the numbers that the cut moves."""
+        before, after = self.solution.kept(edge.source), self.solution.kept(edge.target)
+        root, kept = self.solution.root, int(after.sum())
+        if not edge.sum:
+            saved = self.price[root[edge.target[before & ~after]]].sum()
+            return float(saved) - 2.0 * edge.elements * kept
+        saved = self.price[root[edge.source[after & ~before]]].sum()
+        saved += self.price[root[edge.target[before & ~after]]].sum()
+        moved = 3.0 * int((before & after).sum()) - kept
+        return float(saved) - max(moved, 0.0) * edge.elements
+
+
+def _weigh(root: Tensor, size: int, items: Iterable[tuple[Tensor, float]]) -> Tensor:
+    pairs = list(items)
+    price = torch.zeros(size, dtype=torch.float64)
+    if pairs:
+        atoms = root[torch.cat([a for a, _ in pairs])]
+        each = torch.tensor([v for _, v in pairs], dtype=torch.float64)
+        counts = torch.tensor([a.numel() for a, _ in pairs])
+        price.index_add_(0, atoms, each.repeat_interleave(counts))
+    return price

@@ -1,0 +1,162 @@
+"""The dependency graph: pruning groups, what ties their members, what is pinned and by what."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from demp_fx.channels.solve import Solution, components
+from demp_fx.channels.system import Read, System
+from demp_fx.channels.walk import STRUCTURE
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dim of a parameter or buffer, whose channels go with those of its group."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Channels of a group that have to stay: why, by which op, at which node and user line."""
+
+    reason: str
+    op: str
+    node: str
+    source: str | None
+    channels: int
+
+
+@dataclass
+class Group:
+    """Channels that are cut together.
+
+    `size`: how many channels can be told apart. `removable`: how many of them can go.
+    """
+
+    id: int
+    size: int
+    removable: int
+    members: list[Member] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One group feeds another, at a node: by a contraction ("read"), or where the graph may be cut
+    ("sum": into a residual sum, "gather": in front of one of several readers)."""
+
+    source: int
+    target: int
+    kind: str
+    node: str
+    line: str | None
+
+
+class DependencyGraph:
+    """Pruning groups of a network and how they feed each other."""
+
+    def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
+        self._system, self._solution = system, solution
+        root = components(system.atoms, [(s.a, s.b) for s in system.sames])
+        self._axes = [a for a in system.axes if a.owner in params]
+        self._group_of = _groups(root, system)
+        self.groups = self._build(root)
+        self.links = self._link()
+
+    def _build(self, root: Tensor) -> list[Group]:
+        numbers = {int(g): k for k, g in enumerate(dict.fromkeys(
+            int(self._group_of[a.start]) for a in self._axes))}  # fmt: skip
+        self._number = numbers
+        groups = [Group(k, 0, 0) for k in range(len(numbers))]
+        roots: list[list[Tensor]] = [[] for _ in groups]
+        for axis in self._axes:
+            k = numbers[int(self._group_of[axis.start])]
+            groups[k].members.append(Member(axis.owner, axis.dim, axis.size))
+            roots[k].append(axis.atoms)
+        for group, atoms in zip(groups, roots, strict=True):
+            every = torch.cat(atoms)
+            firsts = root[every].unique()
+            group.size = int(firsts.numel())
+            gone = root[every[~self._solution.kept(every)]].unique()
+            group.removable = int(gone.numel())
+        self._pin(root, groups)
+        return groups
+
+    def _pin(self, root: Tensor, groups: list[Group]) -> None:
+        seen: Counter[tuple[int, str, str, str, str | None]] = Counter()
+        for pin in self._system.pins:
+            owners = self._group_of[pin.atoms]
+            for owner in owners.unique().tolist():
+                if pin.reason != STRUCTURE and owner in self._number:
+                    channels = int(root[pin.atoms[owners == owner]].unique().numel())
+                    site = pin.site
+                    key = self._number[owner], pin.reason, site.op, site.node, site.source
+                    seen[key] += channels
+        for (k, reason, op, node, source), channels in seen.items():
+            groups[k].pins.append(Pin(reason, op, node, source, channels))
+
+    def _link(self) -> list[Link]:
+        links: dict[Link, None] = {}
+        for step in self._system.flow:
+            if isinstance(step, Read):
+                pairs = [(step.inputs, o, "read") for o in step.outputs]
+            else:
+                pairs = [(step.source, step.target, "sum" if step.sum else "gather")]
+            for source, target, kind in pairs:
+                for a in self._of(source):
+                    for b in self._of(target):
+                        links[Link(a, b, kind, step.site.node, step.site.source)] = None
+        return list(links)
+
+    def _of(self, atoms: Tensor) -> list[int]:
+        found = self._group_of[atoms].unique().tolist()
+        return [self._number[g] for g in found if g in self._number]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Groups and links as plain data."""
+        return {
+            "groups": [asdict(g) for g in self.groups],
+            "links": [asdict(link) for link in self.links],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """A node for each group (size, removable, members, pins), an edge for each link (kind,
+        node, line)."""
+        graph = nx.MultiDiGraph()
+        for group in self.groups:
+            data = asdict(group)
+            graph.add_node(data.pop("id"), **data)
+        for link in self.links:
+            graph.add_edge(link.source, link.target, kind=link.kind, node=link.node, line=link.line)
+        return graph
+
+    def __repr__(self) -> str:
+        free = sum(1 for g in self.groups if g.removable)
+        return f"DependencyGraph({len(self.groups)} groups, {free} with dead channels)"
+
+
+def _groups(root: Tensor, system: System) -> Tensor:
+    """For each atom a number that all atoms of its group share: axes with a channel in common."""
+    owner = torch.zeros(system.atoms, dtype=torch.int64)
+    for k, axis in enumerate(system.axes, start=1):
+        owner[axis.start : axis.stop] = k
+    first = torch.full((system.atoms,), len(system.axes) + 1)
+    first = first.scatter_reduce(0, root, owner, "amin")
+    axis_root = components(len(system.axes) + 1, [(owner[1:], first[root][1:])])
+    return axis_root[owner]
+
+

@@ -1,0 +1,107 @@
+"""What is known of a value, channel by channel: zero, a constant, or nothing.
+
+Both modes are followed at once, because batch norm maps a constant to its running-statistics image
+in eval mode and to its bias in train mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EVAL, TRAIN = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Facts about one tensor of rank r, each of a shape that broadcasts to it (1 where uniform).
+
+    `known` (bool): the element is one constant whatever the input. `values` (float64, with a
+    leading dim of two): that constant in eval and in train mode. `profile` (int): 0, or the number
+    of a spatial map that multiplies the constant, left behind by zero padding.
+    """
+
+    known: Tensor
+    values: Tensor
+    profile: Tensor
+
+    @classmethod
+    def of(cls, known: Tensor, values: Tensor, profile: int = 0) -> Facts | None:
+        """Facts from arrays, or None where nothing is known. Unknown entries are stored as 0."""
+        if not bool(known.any()):
+            return None
+        values = torch.where(known, values, 0.0)
+        maps = torch.where(known & (values != 0).any(0), profile, 0)
+        return cls(known, values, maps)
+
+    @property
+    def zero(self) -> Tensor:
+        return self.known & (self.values == 0).all(0)
+
+    @property
+    def constant(self) -> Tensor:
+        """Known, and not zero."""
+        return self.known & (self.values != 0).any(0)
+
+    @property
+    def flat(self) -> Tensor:
+        """Known, and the same at every place."""
+        return self.known & (self.profile == 0)
+
+    @property
+    def steady(self) -> Tensor:
+        """Flat, and the same in both modes."""
+        return self.flat & (self.values[EVAL] == self.values[TRAIN])
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Facts:
+        """The facts of a value whose elements `move` only moves."""
+        values = torch.stack([move(self.values[EVAL]), move(self.values[TRAIN])])
+        return Facts(move(self.known), values, move(self.profile))
+
+    def aligned(self, rank: int) -> Facts:
+        """With leading dims of size 1, for broadcasting to `rank`."""
+        lead = (1,) * (rank - self.known.dim())
+        if not lead:
+            return self
+        return self.map(lambda t: t.reshape(lead + t.shape))
+
+    def spread(self, rank: int, dim: int) -> Facts:
+        """Facts along one axis (1-D) as those of a tensor of `rank`, on `dim`."""
+        shape = [1] * rank
+        shape[dim] = -1
+        return self.map(lambda t: t.reshape(shape))
+
+    def along(self, dim: int, size: int) -> Facts | None:
+        """Facts of the whole slices along `dim` (1-D): known where all their elements agree."""
+        if self.known.numel() == 1:
+            return self.map(lambda t: t.reshape(1).expand(size))
+        if self.known.numel() == self.known.size(dim):
+            return self.map(lambda t: t.reshape(-1))
+        known, profile = (t.movedim(dim, 0).flatten(1) for t in (self.known, self.profile))
+        values = self.values.movedim(dim + 1, 1).flatten(2)
+        agree = (values == values[..., :1]).all(-1).all(0) & (profile == profile[:, :1]).all(-1)
+        known = known.all(-1) & agree
+        return Facts(known, values[..., 0], profile[:, 0]).map(lambda t: t.expand(size))
+
+    def under(self, proven: Facts | None) -> Facts:
+        """These facts where nothing is `proven`."""
+        if proven is None:
+            return self
+        known = proven.known | self.known
+        values = torch.where(proven.known, proven.values, self.values)
+        return Facts(known, values, torch.where(proven.known, proven.profile, self.profile))
+
+    def take(self, index: Tensor) -> Facts:
+        """A subset of 1-D facts."""
+        return self.map(lambda t: t[index])
+
+
+def same_place(facts: list[Facts]) -> list[Facts]:
+    """The facts of several operands, broadcast against each other."""
+    rank = max(f.known.dim() for f in facts)
+    facts = [f.aligned(rank) for f in facts]
+    shape = torch.broadcast_shapes(*(f.known.shape for f in facts))
+    return [f.map(lambda t: t.expand(shape)) for f in facts]

@@ -1,0 +1,48 @@
+"""Labels: which atoms the elements of a tensor carry.
+
+A label of a tensor of rank r is an int64 tensor of rank r, of size 1 along the dims where it does
+not vary. A tensor has a tuple of them; an element survives iff all of its atoms do.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Labels = tuple[Tensor, ...]
+
+
+def varying(label: Tensor) -> tuple[int, ...]:
+    """The dims along which a label varies."""
+    return tuple(d for d, n in enumerate(label.shape) if n > 1)
+
+
+def compress(label: Tensor) -> Tensor:
+    """Size 1 along every dim where nothing varies. Strides are asked before values."""
+    for d in range(label.dim()):
+        if label.size(d) > 1:
+            first = label.narrow(d, 0, 1)
+            if label.stride(d) == 0 or bool((label == first).all()):
+                label = first
+    return label
+
+
+def along(atoms: Tensor, rank: int, dim: int) -> Tensor:
+    """A label that carries `atoms` on `dim`."""
+    shape = [1] * rank
+    shape[dim] = -1
+    return atoms.reshape(shape)
+
+
+def moved(label: Tensor, dims: dict[int, int], rank: int) -> Tensor | None:
+    """The label with each varying dim d moved to dims[d], or None where one has no image."""
+    if any(d not in dims for d in varying(label)):
+        return None
+    shape = [1] * rank
+    order = sorted(varying(label), key=lambda d: dims[d])
+    for d in order:
+        shape[dims[d]] = label.size(d)
+    kept = label.squeeze() if label.dim() else label
+    if len(order) > 1:
+        position = {d: k for k, d in enumerate(varying(label))}
+        kept = kept.permute([position[d] for d in order])
+    return kept.reshape(shape)

@@ -1,0 +1,42 @@
+"""What each ATen op couples: one table, a file for each family.
+
+`RULES` maps an op (all its overloads) to a rule; an op that is in no row falls to its family as the
+dispatcher itself classifies it (views move, pointwise ops align), and otherwise is opaque.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from demp_fx.channels.rules import contract, couple, move, norm, pointwise
+from demp_fx.channels.walk import Call, Rule, Shape, Walk
+
+RULES: dict[str, Rule] = {
+    **move.RULES,
+    **pointwise.RULES,
+    **contract.RULES,
+    **norm.RULES,
+    **couple.RULES,
+}
+SHAPES: dict[torch._ops.OpOverload, Shape] = {**norm.SHAPES, **pointwise.SHAPES}
+
+
+def rule_of(op: torch._ops.OpOverload) -> Rule:
+    """The rule of an op: its row, its family, or `opaque`."""
+    rule = RULES.get(op._schema.name)
+    if rule is not None:
+        return rule
+    if torch.Tag.pointwise in op.tags:
+        return pointwise.pointwise
+    if op.is_view:
+        return move.move
+    return opaque
+
+
+def opaque(walk: Walk, call: Call) -> None:
+    """An op that has no row: everything it touches stays as it is, and the report says so."""
+    for tensor in call.tensors:
+        for label in walk.value(tensor).labels:
+            walk.pin(call, label, f"{call.op._schema.name} is not known to keep channels apart")
+    for out in call.outputs:
+        walk.give(out, ())

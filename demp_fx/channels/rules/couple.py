@@ -1,0 +1,124 @@
+"""Ops that mix or resize along some dims: channels elsewhere pass, channels there are pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import moved, varying
+from demp_fx.channels.walk import Call, Rule, Walk
+
+Dims = Callable[[Call, int], list[int]]
+
+
+def trailing(count: int) -> Dims:
+    """The last `count` dims: space."""
+    return lambda call, rank: list(range(rank - count, rank))
+
+
+def named(call: Call, rank: int) -> list[int]:
+    """The dims that the argument `dim` names; all of them where it is None or empty."""
+    given: Any = call.arg("dim")
+    if given is None or given == []:
+        return list(range(rank))
+    return [d % rank for d in ([given] if isinstance(given, int) else given)]
+
+
+def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
+    """A rule for an op over some dims.
+
+    `keeps`: how constants that do not vary there fare. "all": unchanged (a mean, a maximum);
+    "average": unchanged but where zero padding is counted in; None: nothing is known any more.
+    """
+
+    def rule(walk: Walk, call: Call) -> None:
+        x = call.tensors[0]
+        rank = x.dim()
+        dims = dims_of(call, rank)
+        facts = walk.value(x).facts if walk.with_facts else None
+        for out in call.outputs:
+            rest = [d for d in range(rank) if d not in dims]
+            place = {d: d for d in rest}
+            if out.dim() != rank:
+                place = {d: k for k, d in enumerate(rest)}
+            labels = []
+            for label in walk.value(x).labels:
+                kept = moved(label, place, out.dim())
+                if kept is None:
+                    walk.pin(call, label, f"{verb} over channels")
+                else:
+                    labels.append(kept)
+            image = _constants(walk, call, facts, keeps, place, out)
+            walk.give(out, tuple(labels), image)
+
+    return rule
+
+
+def _constants(
+    walk: Walk, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int], out: Tensor
+) -> Facts | None:  # fmt: skip
+    if facts is None or keeps is None or not out.is_floating_point():
+        return None
+    if any(facts.known.size(d) > 1 for d in range(facts.known.dim()) if d not in place):
+        return None
+
+    def shift(t: Tensor) -> Tensor:
+        shape = [1] * out.dim()
+        for d, k in place.items():
+            shape[k] = t.size(d)
+        return t.reshape(shape)
+
+    moved_facts = facts.map(shift)
+    if call.arg("divisor_override") is not None:
+        return Facts.of(moved_facts.zero, moved_facts.values)
+    profile = walk.profile() if keeps == "average" and _uneven(call) else 0
+    return Facts.of(moved_facts.flat, moved_facts.values, profile)
+
+
+def _uneven(call: Call) -> bool:
+    """Average pooling that counts zeros beyond the border."""
+    padding = call.arg("padding") or [0]
+    padding = [padding] if isinstance(padding, int) else padding
+    return any(p != 0 for p in padding) and bool(call.arg("count_include_pad"))
+
+
+def embedding(walk: Walk, call: Call) -> None:
+    """Rows are picked by data: they stay. Columns are the channels of the result."""
+    weight, out = call.args[0], call.outputs[0]
+    labels = []
+    for label in walk.value(weight).labels:
+        if varying(label) == (1,):
+            labels.append(label.reshape((1,) * (out.dim() - 1) + (-1,)))
+        else:
+            walk.pin(call, label, "rows are looked up by data")
+    walk.give(out, tuple(labels))
+
+
+POOLS = {f"aten::{name}{n}d": couple(trailing(n), name, keeps)
+         for n in (1, 2, 3)
+         for name, keeps in (("avg_pool", "average"), ("_adaptive_avg_pool", "all"),
+                             ("adaptive_avg_pool", "all"), ("adaptive_max_pool", "all"),
+                             ("max_pool", "all"))}  # fmt: skip
+WITH_INDICES = {f"aten::max_pool{n}d_with_indices": couple(trailing(n), "max_pool", "all")
+                for n in (2, 3)}  # fmt: skip
+UPSAMPLE = {f"aten::{name}{n}d": couple(trailing(n), name, "all")
+            for n in (1, 2, 3)
+            for name in ("upsample_nearest", "_upsample_nearest_exact", "upsample_linear",
+                         "upsample_bilinear", "upsample_bicubic", "upsample_trilinear",
+                         "reflection_pad", "replication_pad")}  # fmt: skip
+AA = {f"aten::_upsample_{k}2d_aa": couple(trailing(2), "interpolate", "all")
+      for k in ("bilinear", "bicubic")}  # fmt: skip
+MEANS = {f"aten::{name}": couple(named, name, "all") for name in ("mean", "amax", "amin")}
+REDUCTIONS = {f"aten::{name}": couple(named, name, None)
+              for name in ("sum", "var", "std", "var_mean", "std_mean", "norm", "logsumexp", "prod",
+                           "linalg_vector_norm", "_softmax", "_safe_softmax", "_log_softmax", "max",
+                           "min", "cumsum", "cumprod", "argmax", "argmin", "any", "all")}  # fmt: skip
+
+RULES: dict[str, Rule] = {
+    **POOLS, **WITH_INDICES, **UPSAMPLE, **AA, **MEANS, **REDUCTIONS,
+    "aten::embedding": embedding,
+}  # fmt: skip

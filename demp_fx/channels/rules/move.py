@@ -1,0 +1,206 @@
+"""Data movement: the op itself is run on the labels, so that no index algebra is written here.
+
+A movement is kept as it is where it still fits a narrower tensor: labelled axes that are permuted,
+merged, sliced or joined. One that splits, repeats or reorders a labelled axis is pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import compress, varying
+from demp_fx.channels.walk import Call, Rule, Walk
+
+# Run on labels, these would refuse strides of 0.
+SUBSTITUTE: dict[str, Callable[..., Tensor]] = {
+    "aten::view": torch.reshape,
+    "aten::_unsafe_view": torch.reshape,
+    "aten::_reshape_alias": lambda t, shape, _: torch.reshape(t, shape),
+}
+SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
+          "aten::unbind", "aten::chunk"}  # fmt: skip
+
+
+def move(walk: Walk, call: Call) -> None:
+    """The labels of the result are the op applied to the labels of the operand."""
+    tensor = call.tensors[0]
+    value = walk.value(tensor)
+    run = SUBSTITUTE.get(call.op._schema.name, call.op)
+
+    def apply(t: Tensor) -> list[Tensor]:
+        with walk.silently():
+            result = run(t.expand(tensor.shape), *call.args[1:], **call.kwargs)
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    results = [apply(label) for label in value.labels]
+    facts = _facts(value.facts, apply, len(call.outputs)) if walk.with_facts else None
+    real: list[Tensor | None] = [None] * len(call.outputs)
+    if value.data is not None and call.op.is_view and not value.data.is_meta:
+        real = list(_real(call, value.data))
+    for k, out in enumerate(call.outputs):
+        labels = []
+        for before, after in zip(value.labels, (compress(r[k]) for r in results), strict=True):
+            if fits(before, after, call.op._schema.name):
+                if after.numel() > 1:
+                    labels.append(after)
+                elif before.numel() > 1:
+                    walk.pin(call, after, "a single channel is taken")
+            else:
+                walk.pin(call, before, f"{call.op._schema.name} rearranges channels")
+        walk.give(out, tuple(labels), facts[k] if facts else None, real[k], moved=True)
+
+
+def fits(before: Tensor, after: Tensor, name: str) -> bool:
+    """Whether a movement of a label survives narrowing with only its sizes changed."""
+    old, new = before.reshape(-1), after.reshape(-1)
+    if after.numel() == 1 or (len(varying(before)) == len(varying(after)) and _equal(old, new)):
+        return True
+    if len(varying(before)) != 1 or len(varying(after)) != 1:
+        return False
+    if name in SLICES:
+        return _run(old, new)
+    return bool(new.numel() % old.numel() == 0) and _repeats(old, new)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _run(old: Tensor, new: Tensor) -> bool:
+    """`new` is a contiguous run of `old`."""
+    start = int((old == new[0]).nonzero()[0])
+    return _equal(old[start : start + new.numel()], new)
+
+
+def _repeats(old: Tensor, new: Tensor) -> bool:
+    """`new` is `old` merged with a dim outside or inside of it."""
+    times = new.numel() // old.numel()
+    return _equal(old.repeat_interleave(times), new) or _equal(old.repeat(times), new)
+
+
+def _facts(
+    facts: Facts | None, apply: Callable[[Tensor], list[Tensor]], count: int
+) -> list[Facts | None] | None:
+    if facts is None:
+        return None
+    known, profile = apply(facts.known), apply(facts.profile)
+    values = [apply(facts.values[mode]) for mode in (0, 1)]
+    return [
+        _compressed(Facts(known[k], torch.stack([values[0][k], values[1][k]]), profile[k]))
+        for k in range(count)
+    ]
+
+
+def _compressed(facts: Facts) -> Facts:
+    """Size 1 along every dim where no fact varies."""
+    for d in range(facts.known.dim()):
+        if facts.known.size(d) > 1:
+            first = facts.map(lambda t, d=d: t.narrow(d, 0, 1))  # type: ignore[misc]
+            if (
+                bool((facts.known == first.known).all())
+                and bool((facts.profile == first.profile).all())
+                and bool((facts.values == first.values).all())
+            ):
+                facts = first
+    return facts
+
+
+def _real(call: Call, data: Tensor) -> list[Tensor]:
+    result = call.op(data, *call.args[1:], **call.kwargs)
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def cat(walk: Walk, call: Call) -> None:
+    """Join labels along the dim of the join; a piece without any leaves its places bare (0)."""
+    tensors, out = call.tensors, call.outputs[0]
+    tensors = [t for t in tensors if t.dim() == out.dim()]
+    dim = (call.arg("dim") or 0) % out.dim()
+    keys = {varying(label) for t in tensors for label in walk.value(t).labels}
+    labels = []
+    for key in sorted(keys):
+        pieces = [_piece(walk, t, key) for t in tensors]
+        if dim in key:
+            labels.append(_join(pieces, tensors, dim))
+            continue
+        full = [p for p in pieces if p.numel() > 1]
+        for p in pieces:
+            if p.numel() == 1:
+                walk.pin(call, full[0], "is joined with channels that no parameter makes")
+            else:
+                walk.system.same(full[0], p, call.site)
+        labels.append(full[0])
+    facts = _joined_facts(walk, tensors, dim) if walk.with_facts else None
+    walk.give(out, tuple(labels), facts)
+
+
+def _piece(walk: Walk, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
+    for label in walk.value(tensor).labels:
+        if varying(label) == key:
+            return label
+    return torch.zeros((1,) * tensor.dim(), dtype=torch.int64)
+
+
+def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
+    rank = tensors[0].dim()
+    shape = [max(p.size(d) for p in pieces) for d in range(rank)]
+    full = [
+        p.expand(*shape[:dim], t.size(dim), *shape[dim + 1 :])
+        for p, t in zip(pieces, tensors, strict=True)
+    ]
+    return torch.cat(full, dim)
+
+
+def _joined_facts(walk: Walk, tensors: list[Tensor], dim: int) -> Facts | None:
+    found = [walk.value(t).facts for t in tensors]
+    if all(f is None for f in found):
+        return None
+    rank = tensors[0].dim()
+    blank = torch.zeros((1,) * rank)
+    none = Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
+    filled = [none if f is None else f.aligned(rank) for f in found]
+
+    def join(read: Callable[[Facts], Tensor]) -> Tensor:
+        return _join([read(f) for f in filled], tensors, dim)
+
+    values = torch.stack([join(lambda f, m=m: f.values[m]) for m in (0, 1)])  # type: ignore[misc]
+    return Facts(join(lambda f: f.known), values, join(lambda f: f.profile))
+
+
+def pad(walk: Walk, call: Call) -> None:
+    """Padding of dims without channels leaves labels alone; other channels would be new ones."""
+    x, out = call.args[0], call.outputs[0]
+    amounts: list[int] = call.args[1]
+    rank = x.dim()
+    padded = {rank - 1 - k // 2 for k, n in enumerate(amounts) if n}
+    labels = []
+    for label in walk.value(x).labels:
+        if padded & set(varying(label)):
+            walk.pin(call, label, "padding adds channels")
+        else:
+            labels.append(label)
+    facts = walk.value(x).facts
+    fill: Any = call.arg("value") or 0.0
+    kept = Facts.of(facts.zero, facts.values) if facts is not None and fill == 0.0 else None
+    if kept is not None and any(kept.known.size(d) > 1 for d in padded):
+        kept = None
+    walk.give(out, tuple(labels), kept)
+
+
+RULES: dict[str, Rule] = {
+    "aten::cat": cat,
+    "aten::constant_pad_nd": pad,
+    "aten::_unsafe_view": move,
+    "aten::unbind": move,
+    "aten::as_strided": lambda walk, call: _refuse(walk, call),
+}
+
+
+def _refuse(walk: Walk, call: Call) -> None:
+    for label in walk.value(call.tensors[0]).labels:
+        walk.pin(call, label, "as_strided looks through the memory")
+    walk.give(call.outputs[0], ())

@@ -1,0 +1,114 @@
+"""Batch norm: elementwise on its channel axis, whatever it computes over batch and space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import Labels, moved, varying
+from demp_fx.channels.walk import Call, Rule, Shape, Walk
+
+aten = torch.ops.aten
+
+
+def batch_norm(walk: Walk, call: Call) -> None:
+    """Tie scale, shift and running statistics to dim 1 of the input."""
+    x, out = call.args[0], call.outputs[0]
+    rank = x.dim()
+    merged: dict[tuple[int, ...], Tensor] = {
+        varying(label): label for label in walk.value(x).labels
+    }
+    for t in _parameters(call):
+        if t is None:
+            continue
+        for label in walk.value(t).labels:
+            label = label.reshape([-1 if d == 1 else 1 for d in range(rank)])
+            if (1,) in merged:
+                walk.system.same(merged[(1,)], label, call.site)
+            elif x.size(1) > 1:
+                walk.pin(call, label, "normalises channels that no parameter makes")
+    labels: Labels = tuple(merged.values())
+    facts = _constants(walk, call) if walk.with_facts else None
+    walk.give(out, labels, None if facts is None else facts.spread(rank, 1))
+
+
+def _parameters(call: Call) -> list[Tensor | None]:
+    """Weight, bias, running mean, running variance."""
+    return [call.arg(name) for name in ("weight", "bias", "running_mean", "running_var")]
+
+
+def _constants(walk: Walk, call: Call) -> Facts | None:
+    """A scale of zero leaves the shift; a constant becomes its image under the running statistics
+    in eval mode, and the shift alone in train mode (its deviation from the batch mean is zero)."""
+    x = call.args[0]
+    size = x.size(1)
+    scale, shift, mean, var = (
+        None if t is None else _numbers(walk, t, size) for t in _parameters(call)
+    )
+    before = walk.value(x).facts
+    seen = before.along(1, size) if before is not None else None
+    dead = scale == 0 if scale is not None else torch.zeros(size, dtype=torch.bool)
+    known = dead if seen is None else dead | seen.flat
+    if not bool(known.any()):
+        return None
+    gain = torch.ones(size, dtype=torch.float64) if scale is None else scale
+    base = torch.zeros(size, dtype=torch.float64) if shift is None else shift
+    in_eval = base
+    if mean is not None and var is not None and seen is not None:
+        eps = call.arg("eps") or call.arg("epsilon") or 0.0
+        normal = (seen.values[0] - mean) * (var + eps).rsqrt()
+        in_eval = torch.where(dead, base, normal * gain + base)
+    return Facts.of(known, torch.stack([in_eval, base]))
+
+
+def _numbers(walk: Walk, tensor: Tensor, size: int) -> Tensor | None:
+    facts = walk.value(tensor).facts
+    if facts is None or not bool(facts.known.all()):
+        return None
+    return facts.values[0].reshape(-1).expand(size)
+
+
+def spread(walk: Walk, call: Call) -> None:
+    """A norm over dims that hold no channels: labels pass where they do not vary there."""
+    x, out = call.args[0], call.outputs[0]
+    dims = range(x.dim() - len(call.args[1]), x.dim())
+    labels = []
+    for label in walk.value(x).labels:
+        if set(varying(label)) & set(dims):
+            walk.pin(call, label, "layer norm mixes all channels")
+        else:
+            kept = moved(label, {d: d for d in range(x.dim())}, out.dim())
+            labels += [kept] if kept is not None else []
+    for t in call.tensors[1:]:
+        for label in walk.value(t).labels:
+            walk.pin(call, label, "layer norm mixes all channels")
+    walk.give(out, tuple(labels))
+
+
+RULES: dict[str, Rule] = {
+    "aten::native_batch_norm": batch_norm,
+    "aten::_native_batch_norm_legit": batch_norm,
+    "aten::_native_batch_norm_legit_no_training": batch_norm,
+    "aten::_batch_norm_with_update": batch_norm,
+    "aten::cudnn_batch_norm": batch_norm,
+    "aten::native_layer_norm": spread,
+}
+
+
+def _batch_norm_shape(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    x = args[0]
+    none = torch.empty(0, device="meta")
+    return torch.empty_like(x), none, none
+
+
+def _layer_norm_shape(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch_norm_shape(args)
+
+
+SHAPES: dict[torch._ops.OpOverload, Shape] = {
+    aten.native_batch_norm.default: _batch_norm_shape,
+    aten.native_layer_norm.default: _layer_norm_shape,
+}

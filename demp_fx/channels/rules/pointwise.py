@@ -1,0 +1,139 @@
+"""Elementwise ops: operands are aligned by broadcasting, and what stands on one place is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts, same_place
+from demp_fx.channels.labels import Labels, varying
+from demp_fx.channels.walk import Call, Rule, Shape, Walk
+
+aten = torch.ops.aten
+
+# Ops that return their input as it is, in another dtype, memory or wrapper.
+COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten::lift_fresh",
+          "aten::detach_"}  # fmt: skip
+PRODUCTS = {"aten::mul", "aten::mul_"}
+# Results of the operand's shape that hold none of its numbers.
+LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
+        "aten::rand_like", "aten::randn_like", "aten::bernoulli", "aten::bernoulli_",
+        "aten::bernoulli.p", "aten::fill_", "aten::zero_"}  # fmt: skip
+
+
+def pointwise(walk: Walk, call: Call) -> None:
+    """Unify the labels of all tensor operands; constants go through the op itself."""
+    out = call.outputs[0]
+    labels = aligned(walk, call, out)
+    facts = constants(walk, call, out) if walk.with_facts else None
+    if len(call.tensors) == 1 and len(labels) == 1 and len(varying(labels[0])) == 1:
+        walk.activations[call.site.node] = varying(labels[0])[0]
+    walk.give(out, labels, facts)
+
+
+def aligned(walk: Walk, call: Call, out: Tensor) -> Labels:
+    """The labels of the result of an elementwise op, every operand's tied to them."""
+    rank = out.dim()
+    operands = [(t, walk.value(t).labels) for t in call.tensors]
+    merged: dict[tuple[int, ...], Tensor] = {}
+    for tensor, labels in operands:
+        for label in labels:
+            label = label.reshape((1,) * (rank - tensor.dim()) + label.shape)
+            key = varying(label)
+            if key in merged:
+                walk.system.same(merged[key], label, call.site)
+            elif key:
+                merged[key] = label
+    if not merged:
+        return ()
+    for tensor, labels in operands:
+        lead = rank - tensor.dim()
+        keys = {tuple(d + lead for d in varying(label)) for label in labels}
+        for key, label in merged.items():
+            full = [d for d in key if d >= lead and tensor.size(d - lead) > 1]
+            if key not in keys and full:
+                walk.pin(call, label, "meets a value whose channels no parameter makes")
+    return tuple(merged.values())
+
+
+def constants(walk: Walk, call: Call, out: Tensor) -> Facts | None:
+    """Run the op on what is known of its operands (a product with a known zero is zero)."""
+    if not out.is_floating_point():
+        return None
+    found = [walk.value(t).facts for t in call.tensors]
+    facts = [f for f in found if f is not None]
+    if not facts:
+        return None
+    if len(facts) < len(found):
+        zeros = [f for f in facts if bool(f.zero.any())]
+        return _annihilated(zeros, out) if call.op._schema.name in PRODUCTS else None
+    facts = same_place(facts)
+    known = torch.stack([f.flat for f in facts]).all(0)
+    values = torch.stack([_run(call, [f.values[mode] for f in facts]) for mode in (0, 1)])
+    if call.op._schema.name in PRODUCTS:
+        zero = torch.stack([f.zero for f in facts]).any(0)
+        known, values = known | zero, torch.where(zero, 0.0, values)
+    elif len(facts) == 1:
+        known |= facts[0].known & (values == 0).all(0) & facts[0].zero
+    result = Facts.of(known & values.isfinite().all(0), values)
+    return None if result is None else result.aligned(out.dim())
+
+
+def _annihilated(facts: list[Facts], out: Tensor) -> Facts | None:
+    if not facts:
+        return None
+    zero = torch.stack([f.zero for f in same_place(facts)]).any(0)
+    result = Facts.of(zero, torch.zeros((2, *zero.shape), dtype=torch.float64))
+    return None if result is None else result.aligned(out.dim())
+
+
+def _run(call: Call, values: list[Tensor]) -> Tensor:
+    """The op on real numbers in the places of its tensor operands."""
+    feed = iter(values)
+
+    def swap(a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return [swap(x) for x in a]
+        return next(feed).clone() if isinstance(a, Tensor) else a
+
+    args = [swap(a) for a in call.args]
+    kwargs = {k: swap(a) for k, a in call.kwargs.items() if k not in ("device", "dtype")}
+    result: Tensor = call.op(*args, **kwargs).to(torch.float64)
+    return result
+
+
+def copy(walk: Walk, call: Call) -> None:
+    """The result is the operand."""
+    value = walk.value(call.tensors[0])
+    walk.give(call.outputs[0], value.labels, value.facts, value.data)
+
+
+def like(walk: Walk, call: Call) -> None:
+    """The result has the operand's channels and numbers of its own."""
+    walk.give(call.outputs[0], walk.value(call.tensors[0]).labels)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(COPIES, copy),
+    **dict.fromkeys(LIKE, like),
+}
+
+
+def _first(args: tuple[Any, ...]) -> Any:
+    return torch.empty_like(args[0])
+
+
+# Activations that torch computes through slow decompositions on meta tensors.
+SHAPES: dict[torch._ops.OpOverload, Shape] = {
+    aten.gelu.default: _first,
+    aten.hardswish.default: _first,
+    aten.hardsigmoid.default: _first,
+    aten.hardtanh.default: _first,
+    aten.silu.default: _first,
+    aten.elu.default: _first,
+    aten.leaky_relu.default: _first,
+    aten.mish.default: _first,
+    aten.softplus.default: _first,
+}

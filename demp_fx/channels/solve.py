@@ -1,0 +1,219 @@
+"""What may go: the least set of atoms to keep, as one monotone fixpoint.
+
+Start with nothing kept but the pins; while something changes, a read with a surviving output keeps
+the inputs that are not dead at it, and an edge keeps what its other side needs. Forward death,
+backward death, residuals and concats are the same few lines.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.system import Axis, Edge, Read, System
+
+
+def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """For each of `size` atoms the smallest atom it is tied to, however indirectly."""
+    pairs = list(ties)
+    root = torch.arange(size)
+    if not pairs:
+        return root
+    a = torch.cat([p[0] for p in pairs])
+    b = torch.cat([p[1] for p in pairs])
+    while True:
+        x, y = root[a], root[b]
+        open_ = x != y
+        if not bool(open_.any()):
+            return root
+        a, b, x, y = a[open_], b[open_], x[open_], y[open_]
+        low = torch.minimum(x, y)
+        root = root.scatter_reduce(0, torch.cat([x, y]), torch.cat([low, low]), "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]
+
+
+@dataclass
+class Solution:
+    """Which atoms stay.
+
+    `keep` (bool, one an atom) is meant to be read through `kept`. `revived`: axes of which every
+    channel could have gone, and that keep one.
+    """
+
+    system: System
+    root: Tensor
+    keep: Tensor
+    revived: list[Axis] = field(default_factory=list)
+
+    def kept(self, atoms: Tensor) -> Tensor:
+        """A mask over `atoms`: True where they stay."""
+        return self.keep[self.root[atoms]]
+
+
+@dataclass(slots=True)
+class _Step:
+    """A read or an edge, prepared: any survivor in each of `outputs` keeps `needs`."""
+
+    outputs: list[Tensor]
+    needs: Tensor
+    edge: bool
+
+
+def foldable(system: System) -> dict[int, Facts]:
+    """For each read (by its id) that may fold constants into its weights: the facts it may use.
+
+    A weight that is read twice folds nothing: what one read needs would change the other.
+    """
+    used = Counter(r.fold.weight for r in system.reads if r.fold is not None)
+    biases = Counter(r.fold.bias for r in system.reads if r.fold is not None)
+    return {
+        id(r): r.facts
+        for r in system.reads
+        if r.fold is not None and r.facts is not None
+        and used[r.fold.weight] == 1 and (r.fold.bias is None or biases[r.fold.bias] == 1)
+    }  # fmt: skip
+
+
+def dead_at(read: Read, folds: dict[int, Facts]) -> Tensor:
+    """Which inputs a read can do without: zeros, weights of zero, constants that it can fold."""
+    dead = torch.zeros(read.inputs.numel(), dtype=torch.bool)
+    if read.facts is not None:
+        dead |= read.facts.zero
+    if read.silent is not None:
+        dead |= read.silent
+    if id(read) in folds:
+        dead |= folds[id(read)].constant
+    return dead
+
+
+def droppable(edge: Edge) -> Tensor:
+    """Which channels an edge into a residual sum need not carry: zeros and steady constants."""
+    none = torch.zeros(edge.source.numel(), dtype=torch.bool)
+    return edge.facts.steady if edge.sum and edge.facts is not None else none
+
+
+def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
+    """The least fixpoint; `hard`: ids of edges that are not to be cut."""
+    ties = [(s.a, s.b) for s in system.sames]
+    ties += [(e.source, e.target) for e in system.edges if id(e) in hard]
+    root = components(system.atoms, ties)
+    keep = torch.zeros(system.atoms, dtype=torch.bool)
+    keep[0] = True
+    if system.pins:
+        keep[root[torch.cat([p.atoms for p in system.pins])]] = True
+    folds = foldable(system)
+    steps = [_prepare(step, root, folds) for step in system.flow if id(step) not in hard]
+    steps.reverse()
+    solution = Solution(system, root, keep)
+    while True:
+        _propagate(steps, keep)
+        if not (_revive(solution) or _carry(solution, folds)):
+            return solution
+
+
+def _prepare(step: Read | Edge, root: Tensor, folds: dict[int, Facts]) -> _Step:
+    if isinstance(step, Read):
+        return _Step(
+            [root[o] for o in step.outputs], root[step.inputs[~dead_at(step, folds)]], False
+        )
+    needed = ~droppable(step)
+    return _Step([root[step.target[needed]]], root[step.source[needed]], True)
+
+
+def _propagate(steps: list[_Step], keep: Tensor) -> None:
+    """Run every step until nothing changes. Steps are in reverse order of execution, so that need
+    flows backward through the whole network in one sweep."""
+    waiting = steps
+    changed = True
+    while changed:
+        changed, later = False, []
+        for step in waiting:
+            if step.needs.numel() == 0:
+                continue
+            if step.edge:
+                needs = step.needs[keep[step.outputs[0]]]
+            elif all(bool(keep[o].any()) for o in step.outputs):
+                needs = step.needs
+            else:
+                later.append(step)
+                continue
+            if step.edge and needs.numel() < step.needs.numel():
+                later.append(step)
+            if not bool(keep[needs].all()):
+                keep[needs] = True
+                changed = True
+        waiting = later
+
+
+def _revive(solution: Solution) -> bool:
+    """Keep one channel of every axis: torch refuses layers of width zero."""
+    axes = solution.system.axes
+    count = solution.keep[solution.root].to(torch.int64).cumsum(0)
+    ends = torch.tensor([(axis.start - 1, axis.stop - 1) for axis in axes]).reshape(-1, 2)
+    empty = (count[ends[:, 1]] == count[ends[:, 0]]).nonzero().reshape(-1).tolist()
+    for k in empty:
+        atom = solution.root[axes[k].start]
+        if not bool(solution.keep[atom]):
+            solution.keep[atom] = True
+            solution.revived.append(axes[k])
+    return bool(empty)
+
+
+def _carry(solution: Solution, folds: dict[int, Facts]) -> bool:
+    """Keep the carriers: constants that no bias can take are folded into a few that stay."""
+    found = False
+    for read in solution.system.reads:
+        facts = folds.get(id(read))
+        if facts is None or not all(bool(solution.kept(o).any()) for o in read.outputs):
+            continue
+        wanted = missing_carrier(read, facts, solution.kept(read.inputs))
+        if wanted is not None:
+            solution.keep[solution.root[read.inputs[wanted]]] = True
+            found = True
+    return found
+
+
+def by_bias(read: Read, facts: Facts) -> Tensor:
+    """Which constants the bias behind a read can take: flat ones, the same in both modes."""
+    if read.fold is None or read.fold.bias is None or read.fold.padded:
+        return torch.zeros_like(facts.known)
+    return facts.constant & facts.steady
+
+
+def missing_carrier(read: Read, facts: Facts, kept: Tensor) -> int | None:
+    """A channel that must stay so that the dropped constants are a combination of kept ones.
+
+    A constant is a pair (its value in eval, in train mode): of each spatial profile at most two
+    independent ones are needed.
+    """
+    rest = facts.constant & ~by_bias(read, facts)
+    if read.silent is not None:
+        rest &= ~read.silent
+    for profile in facts.profile[rest & ~kept].unique().tolist():
+        here = rest & (facts.profile == profile)
+        basis = independent(facts.values[:, here & kept])
+        if basis == independent(facts.values[:, here]):
+            continue
+        size = torch.where(here & ~kept, facts.values.abs().sum(0), -1.0)
+        for index in size.argsort(descending=True).tolist():
+            chosen = here & kept
+            chosen[index] = True
+            if independent(facts.values[:, chosen]) > basis:
+                return int(index)
+    return None
+
+
+def independent(values: Tensor) -> int:
+    """The rank of a (2, n) matrix, up to rounding."""
+    if values.numel() == 0:
+        return 0
+    steady = values[0] == values[1]
+    if bool(steady.all()):
+        return int(bool((values != 0).any()))
+    return int(torch.linalg.matrix_rank(values, rtol=1e-9))

@@ -1,0 +1,162 @@
+"""The constraint system that a walk over the network leaves behind: atoms, and what ties them.
+
+An *atom* is one index of one axis: of a parameter's dim, or of an edge between two nodes. Atom 0
+means "no atom". The walk only records; `solve.py` decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where something happened: the ATen op, the fx node that ran it, the user's line."""
+
+    op: str
+    node: str
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A run of fresh atoms: one dim of a parameter or buffer (or, with `dim` -1, of an edge)."""
+
+    owner: str
+    dim: int
+    start: int
+    size: int
+
+    @property
+    def atoms(self) -> Tensor:
+        return torch.arange(self.start, self.start + self.size)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+    def __str__(self) -> str:
+        return f"{self.owner}[{self.dim}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """`a[k]` and `b[k]` live and die together."""
+
+    a: Tensor
+    b: Tensor
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """These atoms stay."""
+
+    atoms: Tensor
+    reason: str
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Where a read may put constants: an input axis of a weight, and the bias that follows."""
+
+    weight: str
+    dim: int
+    bias: str | None
+    padded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A contraction: whoever computes any of `outputs` needs every input that is not dead.
+
+    `outputs` holds one atom tensor for each label of the result; the read happens while each has a
+    survivor. `silent`: inputs whose weights are all zero.
+    """
+
+    inputs: Tensor
+    outputs: tuple[Tensor, ...]
+    facts: Facts | None
+    silent: Tensor | None
+    fold: Fold | None
+    macs: int
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A place where the graph may be cut: the channels before (`source`) and after (`target`).
+
+    `sum`: the target is a residual sum that this edge adds to, so the source may be narrower
+    where it is zero or constant (`index_add`). Otherwise only the target may be narrower (gather).
+    `elements`: how many numbers one channel holds here.
+    """
+
+    producer: str
+    consumer: str
+    dim: int
+    source: Tensor
+    target: Tensor
+    facts: Facts | None
+    sum: bool
+    elements: int
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A value that some op writes: the atoms along one of its dims, and the numbers behind each."""
+
+    atoms: Tensor
+    elements: int
+
+
+@dataclass
+class System:
+    """Everything a walk recorded, in the order of execution."""
+
+    axes: list[Axis] = field(default_factory=list)
+    sames: list[Same] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    flow: list[Read | Edge] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+    atoms: int = 1
+    macs: int = 0
+
+    @property
+    def reads(self) -> list[Read]:
+        return [step for step in self.flow if isinstance(step, Read)]
+
+    @property
+    def edges(self) -> list[Edge]:
+        return [step for step in self.flow if isinstance(step, Edge)]
+
+    def fresh(self, owner: str, dim: int, size: int) -> Axis:
+        """New atoms for one axis."""
+        axis = Axis(owner, dim, self.atoms, size)
+        self.atoms += size
+        self.axes.append(axis)
+        return axis
+
+    def same(self, a: Tensor, b: Tensor, site: Site) -> None:
+        """Tie two label tensors of one shape; where one has no atom, the other one is pinned."""
+        a, b = a.reshape(-1), b.reshape(-1)
+        if torch.equal(a, b):
+            return
+        bare = (a == 0) | (b == 0)
+        if bool(bare.any()):
+            self.pin(torch.maximum(a, b)[bare], "meets channels that no parameter makes", site)
+            a, b = a[~bare], b[~bare]
+        self.sames.append(Same(a, b, site))
+
+    def pin(self, atoms: Tensor, reason: str, site: Site) -> None:
+        """Keep `atoms`, and say why."""
+        atoms = atoms.reshape(-1)
+        if atoms.numel():
+            self.pins.append(Pin(atoms, reason, site))

@@ -1,0 +1,190 @@
+"""The whole pipeline: trace, analyze, find the dead, plan, narrow, verify, hand over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from demp_fx.channels.analysis import walk_of
+from demp_fx.channels.cuts import Cuts, decide
+from demp_fx.channels.solve import Solution
+from demp_fx.channels.system import Site
+from demp_fx.channels.walk import Walk
+from demp_fx.errors import DempError, UsageError
+from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.passes.narrow import narrow
+from demp_fx.passes.observe import batches as read_batches
+from demp_fx.passes.observe import observe
+from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.planner import make_plan
+from demp_fx.passes.summary import summarize
+from demp_fx.passes.verify import verify as verify_pass
+from demp_fx.report.model import CompileReport
+from demp_fx.trace import trace
+from demp_fx.training.optimizer import repoint
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What `compile` hands over.
+
+    `module`: the narrower GraphModule, with parameters of its own. `plan`: what was done, to replay
+    on another checkpoint of the same model. `report`: the figures.
+    """
+
+    module: fx.GraphModule
+    plan: PruningPlan
+    report: CompileReport
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    calibration: Iterable[Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    verify: bool = True,
+    *,
+    cuts: Cuts = "pays",
+) -> CompileResult:
+    """Cut the dead channels out of a model.
+
+    Args:
+        model: any module that can be traced; it is not changed.
+        example_inputs: a tensor, or a tuple or dict of the forward's arguments.
+        calibration: batches of inputs (or of (input, target) pairs) for the death test; without it
+            only channels that the weights prove dead or constant go.
+        optimizer: re-pointed at the narrow parameters, its state sliced, once all has succeeded.
+        verify: compare with the original in float64, in both modes, before handing over.
+        cuts: where the graph may be cut inside a residual sum or before one reader of several:
+            where it "pays", "always" or "never".
+
+    Raises:
+        UsageError: inputs that do not fit, weights that are not finite, an empty calibration set.
+        TraceError: the model cannot be traced.
+        VerificationError: the result differs from the original.
+    """
+    clock = _Clock()
+    with clock("trace"):
+        inputs = Inputs.of(example_inputs)
+        _check_finite(model)
+        graph = trace(model, example_inputs)
+    with clock("analyze"):
+        walked = walk_of(graph)
+        walked.run(inputs)
+    samples, probe = 0, inputs
+    if calibration is not None:
+        batches = list(calibration)
+        with clock("observe"):
+            training = optimizer is not None or model.training
+            modes = (False, True) if training else (False,)
+            seen, samples = observe(graph, batches, walked.activations, modes)
+            probe = next(iter(_inputs(batches, graph)))
+        with clock("analyze"):
+            walked = walk_of(graph, seen)
+            walked.run(inputs)
+    plan, module, solution, after = _narrow(graph, walked, inputs, cuts, clock)
+    report = summarize(model, graph, walked, solution, plan, module, after, samples)
+    if verify:
+        with clock("verify"):
+            train = samples == 0 or optimizer is not None or model.training
+            report.verification = verify_pass(
+                model, module, probe, observed=samples > 0, train=train,
+                folded=bool(plan.folds) or any(s.shift for s in plan.sums),
+            )  # fmt: skip
+    if optimizer is not None:
+        with clock("optimizer"):
+            repoint(optimizer, model, module, plan)
+    report.seconds = clock.seconds
+    return CompileResult(module, plan, report)
+
+
+def _narrow(
+    graph: fx.GraphModule, walked: Walk, inputs: Inputs, cuts: Cuts, clock: _Clock
+) -> tuple[PruningPlan, fx.GraphModule, Solution, Walk]:
+    """Solve, plan and rewrite; where a node does not take its new sizes, pin it and try again."""
+    for _ in range(len(walked.env)):
+        with clock("analyze"):
+            solution = decide(walked.system, cuts)
+        with clock("plan"):
+            plan = make_plan(walked, solution)
+        with clock("narrow"):
+            module = narrow(graph, plan)
+        with clock("check"):
+            misfit, after = _misfit(walked, plan, module, inputs)
+        if misfit is None:
+            return plan, module, solution, after
+        _pin(walked, misfit)
+    raise DempError("no narrowing of this model fits its own code")  # every node is pinned by then
+
+
+def _misfit(
+    walked: Walk, plan: PruningPlan, module: fx.GraphModule, inputs: Inputs
+) -> tuple[fx.Node | None, Walk]:
+    """The first node of the original whose narrow twin does not have the planned shape."""
+    after = walk_of(module, with_facts=False)
+    failed: str | None = None
+    try:
+        after.run(inputs)
+    except UsageError:
+        failed = after.site.node
+    shapes = {n.name: v.shape for n, v in after.env.items() if isinstance(v, Tensor)}
+    last = None
+    for node, value in walked.env.items():
+        if node.name == failed:
+            return node, after
+        if isinstance(value, Tensor) and node.name in shapes:
+            new = plan.nodes.get(node.name, {})
+            wanted = [new.get(d, n) for d, n in enumerate(value.shape)]
+            if list(shapes[node.name]) != wanted and not _joined(plan, node.name):
+                return node, after
+        if node.name in shapes:
+            last = node
+    return (last if failed else None), after
+
+
+def _joined(plan: PruningPlan, name: str) -> bool:
+    """A concat whose gathers stand behind it is wider than its readers."""
+    return any(g.producer == name for g in plan.gathers)
+
+
+def _pin(walked: Walk, node: fx.Node) -> None:
+    site = Site(str(node.target), node.name, node.meta.get("source"))
+    for n in (node, *node.all_input_nodes):
+        value = walked.env.get(n)
+        if isinstance(value, Tensor):
+            for label in walked.value(value).labels:
+                walked.system.pin(label, "its code does not take another size", site)
+
+
+def _inputs(batches: list[Any], graph: fx.GraphModule) -> Iterator[Inputs]:
+    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
+    return read_batches(batches, device)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            total = tensor.detach().sum()
+            if not bool(total.isfinite()) and not bool(tensor.isfinite().all()):
+                raise UsageError(
+                    f"{name} has values that are not finite: nothing can be proven about this "
+                    "model; load weights from before the training diverged"
+                )
+

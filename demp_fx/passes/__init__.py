@@ -1,0 +1,1 @@
+"""The passes, one a file: each a small callable on a graph."""

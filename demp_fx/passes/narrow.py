@@ -1,0 +1,257 @@
+"""The rewrite: a plan and a graph in, a physically narrower GraphModule out."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from demp_fx.errors import UsageError
+from demp_fx.passes.layers import sizes
+from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Sum
+from demp_fx.tracing.module import TracedModule, assemble
+
+
+def narrow(graph: fx.GraphModule, plan: PruningPlan) -> TracedModule:
+    """Carry out `plan` on a traced module.
+
+    Returns a new module with parameters of its own; `graph` is not changed. Tied parameters stay
+    tied. Raises `UsageError` where the plan is of another model.
+    """
+    _check(graph, plan)
+    weights = _Weights(graph, plan)
+    constants = _Constants(graph)
+    new_graph = _rewrite(graph.graph, plan, constants)
+    root = weights.fill(nn.Module(), graph)
+    root.training = graph.training
+    for name, value in constants.parts.items():
+        root.register_buffer(name, value, persistent=False)
+    root._non_persistent_buffers_set |= graph._non_persistent_buffers_set
+    module = assemble(root, new_graph, type(graph).__name__)
+    module.meta = dict(graph.meta)
+    return module
+
+
+def _check(graph: fx.GraphModule, plan: PruningPlan) -> None:
+    state = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    for name, shape in plan.shapes.items():
+        if name not in state:
+            raise UsageError(f"the plan narrows {name!r}, which this model does not have")
+        if list(state[name].shape) != shape:
+            raise UsageError(
+                f"the plan is for {name!r} of shape {shape}, here it is {list(state[name].shape)}"
+            )
+
+
+class _Weights:
+    """Narrow copies of tensors and layers, one for each original: what is tied stays tied."""
+
+    def __init__(self, graph: fx.GraphModule, plan: PruningPlan) -> None:
+        self.names: dict[int, str] = {}
+        for name, tensor in itertools.chain(graph.named_parameters(), graph.named_buffers()):
+            self.names.setdefault(id(tensor), name)
+        self.keep = plan.keep
+        self.folds: dict[str, list[Folding]] = defaultdict(list)
+        self.weights = dict(graph.named_parameters()) if plan.folds else {}
+        for fold in plan.folds:
+            self.folds[fold.bias or fold.weight].append(fold)
+        self.tensors: dict[int, Tensor] = {}
+        self.modules: dict[int, nn.Module] = {}
+
+    def tensor(self, old: Tensor) -> Tensor:
+        """The narrow copy of a parameter or buffer."""
+        new = self.tensors.get(id(old))
+        if new is None:
+            name = self.names.get(id(old), "")
+            data = old.detach()
+            if name in self.folds:
+                data = self._folded(data, self.folds[name])
+            data = select(data, self.keep.get(name, {}))
+            if data.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():
+                data = data.clone()
+            new = data
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(data, requires_grad=old.requires_grad)
+            self.tensors[id(old)] = new
+        return new
+
+    def _folded(self, data: Tensor, folds: list[Folding]) -> Tensor:
+        data = data.clone()
+        for fold in folds:
+            weight = self.weights[fold.weight].detach().movedim(fold.dim, 0)
+            dropped = weight[fold.dropped].to(torch.float64)
+            if fold.bias is not None:
+                values = torch.tensor(fold.values, dtype=torch.float64, device=data.device)
+                shift = torch.tensordot(values, dropped.flatten(2).sum(2) if dropped.dim() > 2
+                                        else dropped, dims=1)  # fmt: skip
+                data += shift.to(data.dtype)
+            else:
+                mix = torch.tensor(fold.mix, dtype=torch.float64, device=data.device)
+                view = data.movedim(fold.dim, 0)
+                view[fold.carriers] += torch.tensordot(mix, dropped, dims=1).to(data.dtype)
+        return data
+
+    def module(self, old: nn.Module) -> nn.Module:
+        """The narrow copy of a layer or container, and of all that is in it."""
+        new = self.modules.get(id(old))
+        if new is None:
+            new = self.modules[id(old)] = self.fill(shallow(old), old)
+            for key, value in sizes(new):
+                if getattr(new, key) != value:
+                    setattr(new, key, value)
+        return new
+
+    def fill(self, new: nn.Module, old: nn.Module) -> nn.Module:
+        """Give `new` the narrow copies of everything that `old` holds."""
+        for key, parameter in old._parameters.items():
+            new._parameters[key] = None if parameter is None else self.tensor(parameter)  # type: ignore[assignment]
+        for key, buffer in old._buffers.items():
+            new._buffers[key] = None if buffer is None else self.tensor(buffer)
+        for key, child in old._modules.items():
+            new._modules[key] = None if child is None else self.module(child)
+        return new
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """A layer of the same class and settings, with empty tables to fill."""
+    new = copy.copy(module)
+    for key, value in module.__dict__.items():
+        if isinstance(value, (dict, set)):
+            new.__dict__[key] = copy.copy(value)
+    return new
+
+
+def select(tensor: Tensor, keep: dict[int, list[int]]) -> Tensor:
+    """The entries of `tensor` at the kept indices of each dim; memory format and dtype stay."""
+    if not keep:
+        return tensor
+    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(
+        memory_format=torch.channels_last
+    )  # fmt: skip
+    for dim, indices in sorted(keep.items(), key=lambda item: len(item[1]) / tensor.size(item[0])):
+        tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+
+# -- the graph ----------------------------------------------------------------------------------
+
+
+def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Graph:
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in old.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+    new._codegen = old._codegen
+    named = {node.name: copies[node] for node in old.nodes}
+    shared: dict[tuple[str, int, tuple[int, ...]], fx.Node] = {}
+    for literal in plan.literals:
+        _set(named[literal.node], literal)
+    for gather in plan.gathers:
+        _gather(new, gather, named, constants, shared)
+    for total in plan.sums:
+        _sum(new, total, named, constants)
+    new.lint()
+    return new
+
+
+class _Constants:
+    """Index lists and shifts: buffers that move with the module and stay out of its state dict."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.parts: dict[str, Tensor] = {}
+        floats = [p for p in module.parameters() if p.is_floating_point()]
+        self.like = floats[0] if floats else torch.empty(0)
+
+    def add(self, graph: fx.Graph, name: str, values: list[int] | list[float], shape: list[int]) -> fx.Node:
+        """Register a constant and return the node that reads it (at the insertion point)."""
+        while hasattr(self.module, name) or name in self.parts:
+            name += "_"
+        whole = all(isinstance(v, int) for v in values)
+        dtype = torch.int64 if whole else self.like.dtype
+        self.parts[name] = torch.tensor(values, dtype=dtype, device=self.like.device).reshape(shape)
+        return graph.get_attr(name)
+
+
+def _set(node: fx.Node, literal: Literal) -> None:
+    value: Any = literal.value
+    if literal.slice:
+        value = slice(*literal.value)  # type: ignore[misc]
+    if literal.target is not None:
+        node.target = literal.target if node.op == "call_method" else getattr(torch, literal.target)
+    where, *path = literal.path
+    if where == "args":
+        node.args = _replaced(node.args, path, value)
+    else:
+        node.kwargs = _replaced(node.kwargs, path, value)
+
+
+def _replaced(container: Any, path: list[int | str], value: Any) -> Any:
+    """A copy of nested arguments with one entry exchanged."""
+    if not path:
+        return value
+    head, *rest = path
+    if isinstance(container, dict) or hasattr(container, "items"):
+        return {**container, head: _replaced(container[head], rest, value)}
+    entries = list(container)
+    entries[head] = _replaced(entries[head], rest, value)  # type: ignore[index]
+    return tuple(entries) if isinstance(container, tuple) else entries
+
+
+def _gather(
+    graph: fx.Graph, gather: Gather, named: dict[str, fx.Node], constants: _Constants,
+    shared: dict[tuple[str, int, tuple[int, ...]], fx.Node],
+) -> None:  # fmt: skip
+    producer, consumer = named[gather.producer], named[gather.consumer]
+    key = (gather.producer, gather.dim, tuple(gather.index))
+    if key not in shared:
+        first, last, size = gather.index[0], gather.index[-1], len(gather.index)
+        name = f"{gather.producer}_keep{len(shared)}"
+        with graph.inserting_after(producer):
+            if last - first + 1 == size:
+                shared[key] = graph.call_function(torch.narrow, (producer, gather.dim, first, size))
+            else:
+                index = constants.add(graph, name, gather.index, [-1])
+                with graph.inserting_after(index):
+                    shared[key] = graph.call_function(
+                        torch.index_select, (producer, gather.dim, index)
+                    )
+        shared[key].meta = {k: v for k, v in producer.meta.items() if k == "source"}
+    consumer.replace_input_with(producer, shared[key])
+
+
+def _sum(graph: fx.Graph, total: Sum, named: dict[str, fx.Node], constants: _Constants) -> None:
+    """`left + right` where one or both have fewer channels: scatter the narrow one into the other.
+
+    Where neither has all, a channel of zeros is appended to the wider one and picked from.
+    """
+    node = named[total.node]
+    left, right = node.args[:2]
+    base, base_at, other, other_at = left, total.left, right, total.right
+    if base_at is not None and (other_at is None or len(other_at) > len(base_at)):
+        base, base_at, other, other_at = right, total.right, left, total.left
+    with graph.inserting_before(node):
+        if base_at is not None:
+            place = {channel: k for k, channel in enumerate(base_at)}
+            picks = [place.get(c, len(base_at)) for c in range(total.size)]
+            amounts = [0, 0] * (total.rank - 1 - total.dim) + [0, 1]
+            base = graph.call_function(torch.nn.functional.pad, (base, amounts))
+            index = constants.add(graph, f"{total.node}_spread", picks, [-1])
+            base = graph.call_function(torch.index_select, (base, total.dim, index))
+        if total.shift is not None:
+            shape = [1] * total.rank
+            shape[total.dim] = -1
+            shift = constants.add(graph, f"{total.node}_shift", total.shift, shape)
+            base = graph.call_function(torch.add, (base, shift))
+        if other_at is None:
+            result = graph.call_function(torch.add, (base, other))
+        else:
+            index = constants.add(graph, f"{total.node}_places", other_at, [-1])
+            result = graph.call_function(torch.index_add, (base, total.dim, index, other))
+        result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)

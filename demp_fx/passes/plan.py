@@ -1,0 +1,107 @@
+"""The plan: everything that a narrowing does, as data. It replays on any checkpoint of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from demp_fx.errors import UsageError
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Gather(_Data):
+    """Between `producer` and `consumer`, only the channels `index` of `dim` are passed on."""
+
+    producer: str
+    consumer: str
+    dim: int
+    index: list[int]
+
+
+class Sum(_Data):
+    """A residual sum of operands that carry different channels.
+
+    `left` and `right`: where the operand's channels go among the `size` channels of the result, None
+    where it has all of them. `shift`: constants of the channels that an operand no longer carries.
+    """
+
+    node: str
+    dim: int
+    rank: int
+    size: int
+    left: list[int] | None
+    right: list[int] | None
+    shift: list[float] | None
+
+
+class Folding(_Data):
+    """Constants of the input channels `dropped` of a weight move elsewhere.
+
+    Into the bias: `values`, one a dropped channel. Or into `carriers`: input channels that stay; the
+    weights of carrier j grow by sum_k mix[j][k] * (the weights of dropped[k]).
+    """
+
+    weight: str
+    dim: int
+    dropped: list[int]
+    bias: str | None = None
+    values: list[float] = []
+    carriers: list[int] = []
+    mix: list[list[float]] = []
+
+
+class Literal(_Data):
+    """A size that the code of a node names, and its new value.
+
+    `path`: where it stands, from "args" or "kwargs" on. `value`: an int, a list of sizes, or the
+    start, stop and step of a slice. `target`: the function to call instead, where sizes that were
+    equal no longer are (chunk becomes split).
+    """
+
+    node: str
+    path: list[int | str]
+    value: int | float | list[int]
+    slice: bool = False
+    target: str | None = None
+
+
+class PruningPlan(_Data):
+    """What stays of a model.
+
+    `keep`: for each parameter and buffer that gets narrower, by dim, the indices kept. `nodes`: for
+    each node of the graph, by dim, the new size. The rest is how the graph is changed around them.
+    `shapes`: the original shape of each parameter in `keep`, to tell whether a checkpoint fits.
+    """
+
+    version: int = 1
+    keep: dict[str, dict[int, list[int]]] = {}
+    nodes: dict[str, dict[int, int]] = {}
+    literals: list[Literal] = []
+    gathers: list[Gather] = []
+    sums: list[Sum] = []
+    folds: list[Folding] = []
+    shapes: dict[str, list[int]] = {}
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Raises `UsageError` where the text is not a plan."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UsageError(f"not a pruning plan: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read from a JSON file."""
+        return cls.from_json(Path(path).read_text())

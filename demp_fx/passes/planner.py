@@ -1,0 +1,204 @@
+"""From a solution to a plan: what is sliced, where the graph is cut, where constants go."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from demp_fx.channels.labels import varying
+from demp_fx.channels.solve import Solution, by_bias, foldable, independent
+from demp_fx.channels.system import Edge, Read
+from demp_fx.channels.walk import SIZES, Walk
+from demp_fx.passes.plan import Folding, Gather, PruningPlan, Sum
+from demp_fx.passes.resize import Masks, Sizes, literals
+from demp_fx.passes.scalars import frozen_scalars
+
+CATS = {torch.cat, torch.concat, torch.concatenate}
+
+
+def make_plan(walk: Walk, solution: Solution) -> PruningPlan:
+    """The plan that carries out a solution on the graph that was walked."""
+    return _Planner(walk, solution).plan()
+
+
+@dataclass
+class _Planner:
+    walk: Walk
+    solution: Solution
+    cache: dict[fx.Node, Masks] = field(default_factory=dict)
+
+    def plan(self) -> PruningPlan:
+        plan = PruningPlan()
+        for axis in self.walk.system.axes:
+            value = self.walk.params.get(axis.owner)
+            if value is None or axis.dim < 0 or value.data is None:
+                continue
+            mask = self.solution.kept(axis.atoms)
+            if not bool(mask.all()):
+                plan.keep.setdefault(axis.owner, {})[axis.dim] = _indices(mask)
+                plan.shapes[axis.owner] = list(value.data.shape)
+        sizes = Sizes(self.walk.env, self.masks)
+        for node in self.walk.env:
+            new = sizes.new(node)
+            if new:
+                plan.nodes[node.name] = new
+            plan.literals += literals(node, sizes)
+        plan.literals += frozen_scalars(self.walk.graph, sizes)
+        self._edges(plan)
+        folds = foldable(self.walk.system)
+        for read in self.walk.system.reads:
+            if id(read) in folds:
+                plan.folds += self._fold(read)
+        return plan
+
+    def masks(self, node: fx.Node) -> Masks:
+        """Which indices of each narrower dim of a node's value stay, by its own labels."""
+        found = self.cache.get(node)
+        if found is None:
+            found = self.cache[node] = self._masks(self.walk.env.get(node))
+        return found
+
+    def _masks(self, tensor: Any) -> Masks:
+        masks: Masks = {}
+        if isinstance(tensor, Tensor):
+            for label in self.walk.value(tensor).labels:
+                dims = varying(label)
+                mask = self.solution.kept(label.reshape(-1))
+                if len(dims) == 1 and not bool(mask.all()):
+                    masks[dims[0]] = masks.get(dims[0], torch.ones_like(mask)) & mask
+        return masks
+
+    # -- cuts -----------------------------------------------------------------------------------
+
+    def _edges(self, plan: PruningPlan) -> None:
+        """Turn every edge with different channels on its two sides into a gather or a sum."""
+        kept = self.solution.kept
+        into: dict[str, list[Edge]] = defaultdict(list)
+        wanted: dict[tuple[str, str, int], Tensor] = {}
+        for edge in self.walk.system.edges:
+            want = kept(edge.target)
+            into[edge.consumer].append(edge)
+            wanted[edge.producer, edge.consumer, edge.dim] = (
+                want & kept(edge.source) if edge.sum else want
+            )
+        layouts: dict[tuple[str, int], Tensor] = {}
+        for node in self.walk.env:
+            for edge in into.get(node.name, ()):
+                layouts.setdefault((edge.producer, edge.dim), kept(edge.source))
+            self._join(node, into.get(node.name, []), layouts, wanted)
+            operands = [e for e in into.get(node.name, ()) if e.sum]
+            if len(operands) == 2:
+                plan.sums += self._sum(node, operands)
+        for (producer, consumer, dim), want in wanted.items():
+            layout = layouts[producer, dim]
+            if not torch.equal(layout, want):
+                index = _indices(want[layout])
+                plan.gathers.append(
+                    Gather(producer=producer, consumer=consumer, dim=dim, index=index)
+                )
+
+    def _join(
+        self, node: fx.Node, edges: list[Edge], layouts: dict[tuple[str, int], Tensor],
+        wanted: dict[tuple[str, str, int], Tensor],
+    ) -> None:  # fmt: skip
+        """Gathers in front of a concat become one behind it."""
+        if node.target not in CATS or len(node.args) == 0:
+            return
+        pieces: Any = node.args[0]
+        rank = self.walk.env[node].dim()
+        dim = (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % rank  # type: ignore[operator]
+        keys = [(e.producer, node.name, dim) for e in edges if e.dim == dim]
+        cut = [k for k in keys if not torch.equal(wanted[k], layouts[k[0], dim])]
+        if len(cut) < 2:
+            return
+        parts = [
+            layouts.get((p.name, dim), _mask(self.masks(p), self.walk.env[p], dim)) for p in pieces
+        ]
+        layouts[node.name, dim] = torch.cat(parts)
+        for key in keys:
+            wanted[key] = layouts[key[0], dim]
+        own = _mask(self.masks(node), self.walk.env[node], dim)
+        for user in node.users:
+            if user.target not in SIZES:
+                wanted.setdefault((node.name, user.name, dim), own)
+
+    def _sum(self, node: fx.Node, operands: list[Edge]) -> list[Sum]:
+        """A residual sum of operands that no longer carry the same channels."""
+        names = [a.name for a in node.args if isinstance(a, fx.Node)]
+        left, right = sorted(operands, key=lambda e: names.index(e.producer))
+        kept = self.solution.kept
+        total = kept(left.target)
+        places: list[list[int] | None] = []
+        shift = torch.zeros(int(total.sum()), dtype=torch.float64)
+        for edge in (left, right):
+            own = kept(edge.source)
+            places.append(None if bool(own[total].all()) else _indices(own[total]))
+            if edge.facts is not None:
+                shift += torch.where(own, 0.0, edge.facts.values[0])[total]
+        if places == [None, None]:
+            return []
+        return [
+            Sum(
+                node=node.name, dim=left.dim, rank=self.walk.env[node].dim(),
+                size=int(total.sum()), left=places[0], right=places[1],
+                shift=shift.tolist() if bool((shift != 0).any()) else None,
+            )
+        ]  # fmt: skip
+
+    # -- constants ------------------------------------------------------------------------------
+
+    def _fold(self, read: Read) -> list[Folding]:
+        """Where the constants go that a read no longer receives."""
+        facts, fold = read.facts, read.fold
+        assert facts is not None and fold is not None
+        kept = self.solution.kept(read.inputs)
+        gone = facts.constant & ~kept
+        if read.silent is not None:
+            gone &= ~read.silent
+        if not bool(gone.any()):
+            return []
+        found = []
+        light = gone & by_bias(read, facts)
+        if bool(light.any()):
+            values = facts.values[0, light].tolist()
+            found.append(
+                Folding(weight=fold.weight, dim=fold.dim, dropped=_indices(light),
+                        bias=fold.bias, values=values)
+            )  # fmt: skip
+        rest = gone & ~light
+        for profile in facts.profile[rest].unique().tolist():
+            here = rest & (facts.profile == profile)
+            stay = facts.constant & kept & (facts.profile == profile)
+            carriers = _basis(facts.values, stay)
+            mix = torch.linalg.pinv(facts.values[:, carriers]) @ facts.values[:, here]
+            found.append(
+                Folding(weight=fold.weight, dim=fold.dim, dropped=_indices(here),
+                        carriers=carriers, mix=mix.tolist())
+            )  # fmt: skip
+        return found
+
+
+def _mask(masks: Masks, tensor: Tensor, dim: int) -> Tensor:
+    found = masks.get(dim)
+    return torch.ones(tensor.size(dim), dtype=torch.bool) if found is None else found
+
+
+def _indices(mask: Tensor) -> list[int]:
+    found: list[int] = mask.nonzero().reshape(-1).tolist()
+    return found
+
+
+def _basis(values: Tensor, among: Tensor) -> list[int]:
+    """Columns of a (2, n) matrix that span all columns in `among`, the largest first."""
+    size = torch.where(among, values.abs().sum(0), -1.0)
+    chosen: list[int] = []
+    for index in size.argsort(descending=True)[: int(among.sum())].tolist():
+        if independent(values[:, [*chosen, index]]) > len(chosen):
+            chosen.append(index)
+        if len(chosen) == 2:
+            break
+    return chosen

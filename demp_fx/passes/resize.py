@@ -1,0 +1,179 @@
+"""Sizes that the code of a node names: which of its arguments they are, and what they become.
+
+One row for each way of writing a size: `view(b, 64, -1)`, `split(x, 32)`, `x[:, :32]`, `chunk`.
+Sizes that the code asks of a tensor (`x.shape[1]`) follow by themselves where they are used as
+sizes, and keep their old value where they are used as numbers (`head_dim ** -0.5`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from demp_fx.passes.plan import Literal
+
+Masks = dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a row may ask: the example value of a node, and which indices of its dims stay."""
+
+    env: Mapping[fx.Node, Any]
+    masks: Callable[[fx.Node], Masks]
+
+    def new(self, node: fx.Node) -> dict[int, int]:
+        """The new size of each dim of a node's value that gets narrower."""
+        return {d: int(mask.sum()) for d, mask in self.masks(node).items()}
+
+
+Row = Callable[[fx.Node, Sizes], Iterator[Literal]]
+
+
+def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
+    """The arguments of a node that must change, none where no row knows of any."""
+    row = ROWS.get(node.target)
+    return list(row(node, sizes)) if row is not None else []
+
+
+def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result."""
+    new = sizes.new(node)
+    if not new:
+        return
+    path, given = _variadic(node, "shape", "size")
+    shape = sizes.env[node].shape
+    for d, n in new.items():
+        if len(given) != len(shape):
+            return
+        if isinstance(given[d], fx.Node) or given[d] not in (-1, n):
+            yield Literal(node=node.name, path=[*path(d)], value=n)
+
+
+def _variadic(
+    node: fx.Node, *names: str
+) -> tuple[Callable[[int], list[int | str]], tuple[Any, ...]]:
+    """Where a list of ints stands that may also be written as separate arguments."""
+    for name in names:
+        if name in node.kwargs:
+            listed: Any = node.kwargs[name]
+            return (lambda d: ["kwargs", name, d]), tuple(listed)
+    if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
+        return (lambda d: ["args", 1, d]), tuple(node.args[1])
+    return (lambda d: ["args", d + 1]), tuple(node.args[1:])
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> tuple[list[int | str], Any]:
+    if len(node.args) > position:
+        return ["args", position], node.args[position]
+    return ["kwargs", name], node.kwargs.get(name, default)
+
+
+def _pieces(node: fx.Node, sizes: Sizes, dim: Any) -> list[int] | None:
+    """The new sizes of the pieces of a split, or None where they stay."""
+    source = node.all_input_nodes[0]
+    rank = sizes.env[source].dim()
+    mask = sizes.masks(source).get(dim % rank)
+    if mask is None:
+        return None
+    lengths = [piece.size(dim) for piece in sizes.env[node]]
+    return [int(part.sum()) for part in mask.split(lengths)]
+
+
+def _split(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    _, dim = _argument(node, 2, "dim", 0)
+    pieces = _pieces(node, sizes, dim)
+    if pieces is not None:
+        name = "split_sizes" if "split_sizes" in node.kwargs else "split_size"
+        name = "split_size_or_sections" if "split_size_or_sections" in node.kwargs else name
+        path, _ = _argument(node, 1, name, None)
+        yield Literal(node=node.name, path=path, value=pieces)
+
+
+def _chunk(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """Equal chunks become a split: the pieces may now differ."""
+    _, dim = _argument(node, 2, "dim", 0)
+    pieces = _pieces(node, sizes, dim)
+    if pieces is not None and len(node.args) > 1:
+        yield Literal(node=node.name, path=["args", 1], value=pieces, target="split")
+
+
+def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`x[:, a:b]`: the survivors of a run are a run among the survivors."""
+    source, index = node.args
+    if not isinstance(source, fx.Node) or not isinstance(sizes.env[source], Tensor):
+        return
+    masks = sizes.masks(source)
+    if not masks:
+        return
+    entries = index if isinstance(index, tuple) else (index,)
+    taken = sum(1 for e in entries if e is not None and e is not Ellipsis)
+    dim = 0
+    for k, entry in enumerate(entries):
+        if entry is None:
+            continue
+        if entry is Ellipsis:
+            dim += sizes.env[source].dim() - taken
+            continue
+        path: list[int | str] = ["args", 1, k] if isinstance(index, tuple) else ["args", 1]
+        mask = masks.get(dim)
+        if mask is not None and isinstance(entry, slice):
+            start, stop, step = entry.indices(mask.numel())
+            span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
+            yield Literal(node=node.name, path=path, value=span, slice=True)
+        elif mask is not None and isinstance(entry, int):
+            yield Literal(node=node.name, path=path, value=_place(mask, entry))
+        dim += 1
+
+
+def _place(mask: Tensor, index: int) -> int:
+    return int(mask[: index % mask.numel()].sum())
+
+
+def _narrow(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    source = node.all_input_nodes[0]
+    _, dim = _argument(node, 1, "dim", 0)
+    mask = sizes.masks(source).get(dim % sizes.env[source].dim())
+    if mask is not None:
+        (place, start), (extent, length) = (
+            _argument(node, 2, "start", 0), _argument(node, 3, "length", 0)
+        )  # fmt: skip
+        yield Literal(node=node.name, path=place, value=_place(mask, start))
+        kept = int(mask[start : start + length].sum())
+        yield Literal(node=node.name, path=extent, value=kept)
+
+
+def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    source = node.all_input_nodes[0]
+    _, dim = _argument(node, 1, "dim", 0)
+    mask = sizes.masks(source).get(dim % sizes.env[source].dim())
+    if mask is not None:
+        path, index = _argument(node, 2, "index", 0)
+        yield Literal(node=node.name, path=path, value=_place(mask, index))
+
+
+def _groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """A functional depthwise convolution: as many groups as channels."""
+    path, groups = _argument(node, 6, "groups", 1)
+    mask = sizes.masks(node.all_input_nodes[0]).get(1)
+    if groups != 1 and mask is not None and groups == mask.numel():
+        yield Literal(node=node.name, path=path, value=int(mask.sum()))
+
+
+F = torch.nn.functional
+ROWS: dict[Any, Row] = {
+    **dict.fromkeys(("view", "reshape", "expand", torch.reshape), _shape),
+    **dict.fromkeys(("split", "split_with_sizes", torch.split, torch.split_with_sizes), _split),
+    **dict.fromkeys(("chunk", torch.chunk), _chunk),
+    **dict.fromkeys(("narrow", torch.narrow), _narrow),
+    **dict.fromkeys(("select", torch.select), _select),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
+    operator.getitem: _getitem,
+}
+# Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
+SIZED = {target for target, row in ROWS.items() if row in (_shape, _split, _chunk)}

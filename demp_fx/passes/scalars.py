@@ -1,0 +1,64 @@
+"""Sizes used as numbers: `head_dim ** -0.5` must not change because `head_dim` did."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+from demp_fx.passes.plan import Literal
+from demp_fx.passes.resize import SIZED, Sizes
+
+ASKS = {"size", getattr}
+
+
+def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal]:
+    """Old values for every number computed from a size that gets smaller, where it is used by a
+    tensor op and not as a size."""
+    changed: dict[fx.Node, bool] = {}
+    found: list[Literal] = []
+    for node in graph.graph.nodes:
+        if node.target in ASKS and sizes.masks(node.args[0]):
+            changed[node] = _asks(node, sizes)
+            continue
+        tainted = [n for n in node.all_input_nodes if changed.get(n)]
+        if not tainted:
+            continue
+        value = sizes.env.get(node)
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            source, index = node.args[0], node.args[1]
+            changed[node] = _picks(source, index, sizes)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            changed[node] = True
+        elif isinstance(value, Tensor) and node.target not in SIZED:
+            found += _literals(node, tainted, sizes)
+    return found
+
+
+def _asks(node: fx.Node, sizes: Sizes) -> bool:
+    """Whether `x.shape`, `x.size()` or `x.size(d)` includes a size that changes."""
+    source: Any = node.args[0]
+    if node.target == "size" and (len(node.args) > 1 or "dim" in node.kwargs):
+        dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+        return dim % sizes.env[source].dim() in sizes.masks(source)
+    return node.target == "size" or node.args[1] == "shape"
+
+
+def _picks(source: fx.Node, index: Any, sizes: Sizes) -> bool:
+    """Whether `shape[index]` is a size that changes."""
+    tensor: Any = source.args[0]
+    if not isinstance(index, int) or not isinstance(sizes.env.get(tensor), Tensor):
+        return True
+    return index % sizes.env[tensor].dim() in sizes.masks(tensor)
+
+
+def _literals(node: fx.Node, tainted: list[fx.Node], sizes: Sizes) -> list[Literal]:
+    found = []
+    for where, arguments in (("args", enumerate(node.args)), ("kwargs", node.kwargs.items())):
+        for key, argument in arguments:
+            if isinstance(argument, fx.Node) and argument in tainted:
+                value = sizes.env[argument]
+                if isinstance(value, (int, float)):
+                    found.append(Literal(node=node.name, path=[where, key], value=value))
+    return found

@@ -1,0 +1,111 @@
+"""The compile report: what went, what stayed and why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+
+from demp_fx.channels.dependencies import DependencyGraph
+from demp_fx.channels.solve import Solution
+from demp_fx.channels.system import Axis
+from demp_fx.channels.walk import Walk
+from demp_fx.passes.plan import PruningPlan
+from demp_fx.report.model import CompileReport, Pinned, Width
+
+
+def summarize(
+    model: nn.Module, graph: fx.GraphModule, walk: Walk, solution: Solution, plan: PruningPlan,
+    module: fx.GraphModule, after: Walk, samples: int,
+) -> CompileReport:  # fmt: skip
+    """Figures of a finished narrowing; `samples`: how many calibration samples were seen."""
+    notes = graph.meta["demp_fx"]
+    widths = _widths(graph, module)
+    proven, observed = _known(walk)
+    report = CompileReport(
+        model=type(model).__name__,
+        params_before=sum(p.numel() for p in graph.parameters()),
+        params_after=sum(p.numel() for p in module.parameters()),
+        macs_before=walk.system.macs,
+        macs_after=after.system.macs,
+        channels_before=sum(w.out_before for w in widths),
+        channels_after=sum(w.out_after for w in widths),
+        widths=widths,
+        pinned=_pinned(walk, solution),
+        dead_proven=proven,
+        dead_observed=observed,
+        constants_folded=sum(len(f.dropped) for f in plan.folds),
+        carriers=sum(len(f.carriers) for f in plan.folds),
+        gathers=len(plan.gathers),
+        scatters=len(plan.sums),
+        opaque=dict(notes.opaque),
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+    )
+    report.assumptions += [f"traced: {line}" for line in notes.baked]
+    if samples:
+        report.assumptions.append(
+            f"{observed} channels that the weights do not prove dead never fired on the "
+            f"{samples} calibration samples"
+        )
+    report.warnings += _warnings(walk, solution)
+    return report
+
+
+def _widths(graph: fx.GraphModule, module: fx.GraphModule) -> list[Width]:
+    old, new = dict(graph.named_modules()), dict(module.named_modules())
+    widths = []
+    for name, layer in old.items():
+        weight, narrow = getattr(layer, "weight", None), getattr(new.get(name), "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() < 2:
+            continue
+        if isinstance(narrow, nn.Parameter):
+            shapes = [(w.shape[1], w.shape[0]) if "Transpose" in type(layer).__name__ else w.shape
+                      for w in (weight, narrow)]  # fmt: skip
+            (out_b, in_b, *_), (out_a, in_a, *_) = shapes
+            widths.append(
+                Width(name=name, kind=type(layer).__name__, out_before=out_b, out_after=out_a,
+                      in_before=in_b, in_after=in_a)
+            )  # fmt: skip
+    return widths
+
+
+def _known(walk: Walk) -> tuple[int, int]:
+    """How many channels are known at some read: from the weights, and only from observation."""
+    seen: Mapping[str, object] = walk.observed
+    dead = torch.zeros(walk.system.atoms, dtype=torch.bool)
+    for read in walk.system.reads:
+        if read.facts is not None:
+            dead[read.inputs[read.facts.known]] = True
+    total = int(dead.sum())
+    observed = 0
+    if seen:
+        observed = min(total, sum(int(f.known.sum()) for _, f in walk.observed.values()))
+    return total - observed, observed
+
+
+def _pinned(walk: Walk, solution: Solution) -> list[Pinned]:
+    groups = DependencyGraph(walk.system, solution, set(walk.params)).groups
+    return [
+        Pinned(reason=pin.reason, op=pin.op, node=pin.node, source=pin.source,
+               members=[f"{m.name}[{m.dim}]" for m in group.members], channels=pin.channels)
+        for group in groups
+        for pin in group.pins
+    ]  # fmt: skip
+
+
+def _warnings(walk: Walk, solution: Solution) -> list[str]:
+    found: list[str] = []
+    for axis in solution.revived:
+        if _is_layer_output(walk, axis):
+            found.append(
+                f"every channel of {axis.owner.rpartition('.')[0] or axis.owner} is dead; one of "
+                f"{axis.size} is kept, because torch has no layers of width zero"
+            )
+    return found
+
+
+def _is_layer_output(walk: Walk, axis: Axis) -> bool:
+    value = walk.params.get(axis.owner)
+    return axis.dim == 0 and value is not None and value.data is not None and value.data.dim() > 1

@@ -1,0 +1,174 @@
+"""Verify: run the original and the rewritten module side by side, in float64, in both modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from demp_fx.errors import VerificationError
+from demp_fx.inputs import Inputs
+from demp_fx.passes.still import still
+from demp_fx.report.model import Verification
+
+TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
+FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
+
+
+def verify(
+    original: nn.Module, narrow: nn.Module, inputs: Inputs, *, observed: bool, train: bool = True,
+    folded: bool = False,
+) -> Verification:  # fmt: skip
+    """Compare two modules on `inputs` (the example or a calibration batch).
+
+    Unless something was only `observed` on data, fresh inputs of another batch size are tried too.
+    `folded`: parameters were computed anew, and are rounded to their dtype. Raises
+    `VerificationError` where the two differ by more than the tolerance. Neither is changed.
+    """
+    tolerance = TOLERANCE
+    if folded:
+        coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
+                      if p.is_floating_point()), default=0.0)  # fmt: skip
+        tolerance = max(tolerance, FOLDED * coarse)
+    trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
+    errors: dict[bool, float | None] = {}
+    batch = 0
+    for training in (False, True) if train else (False,):
+        errors[training] = None
+        for trial in trials:
+            try:
+                expected = run(original, trial, training)
+            except (RuntimeError, ValueError):
+                continue  # a batch size, or a mode, that the original itself does not take
+            errors[training] = difference(expected, run(narrow, trial, training))
+            batch = max(batch, trial.tensors[0].shape[0] if trial.tensors[0].dim() else 1)
+            break
+    result = Verification(
+        eval_error=math.nan if errors[False] is None else errors[False],
+        train_error=errors.get(True), tolerance=tolerance, batch=batch,
+    )  # fmt: skip
+    for mode, error in (("eval", result.eval_error), ("train", result.train_error)):
+        if error is not None and not error <= tolerance:
+            raise VerificationError(
+                f"the narrow module differs from the original in {mode} mode by {error:.1e} "
+                f"(relative, float64; tolerance {tolerance:.0e}); nothing was handed over"
+            )
+    return result
+
+
+def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
+    """Random inputs of the shapes of `inputs`, with `extra` more samples; integers are reused."""
+    tensors = inputs.tensors
+    batched = all(t.dim() for t in tensors) and len({t.shape[0] for t in tensors}) == 1
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(t: Tensor) -> Tensor:
+        size = t.shape[0] + extra if batched else t.shape[0] if t.dim() else 1
+        if t.is_floating_point():
+            shape = (size, *t.shape[1:]) if t.dim() else ()
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(t)
+        return t[torch.arange(size, device=t.device) % t.shape[0]] if t.dim() else t
+
+    return inputs.map(draw)
+
+
+def run(module: nn.Module, inputs: Inputs, training: bool) -> Any:
+    """The output in float64, without gradients, randomness or a trace on the module."""
+    inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.train(training)
+        with torch.no_grad(), in_float64(module), still():
+            return module(*inputs.args, **inputs.kwargs)
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def difference(expected: Any, found: Any) -> float:
+    """The largest difference between two outputs, relative to the largest number expected."""
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    worst = 0.0
+    for a, b in pairs:
+        if not isinstance(a, Tensor) or a.numel() == 0:
+            continue
+        if a.shape != b.shape:
+            return math.inf
+        a, b = a.to(torch.float64), b.to(torch.float64)
+        scale = max(float(a.abs().max()), torch.finfo(torch.float64).tiny)
+        error = float((a - b).abs().max()) / scale
+        if math.isnan(error):
+            return math.nan
+        worst = max(worst, error)
+    return worst
+
+
+@contextmanager
+def in_float64(module: nn.Module) -> Iterator[None]:
+    """Meanwhile every layer computes with float64 copies of its parameters and buffers.
+
+    The copies live only while their layer runs, so that a large network is never held twice; those
+    of a module that is no plain layer live until the end.
+    """
+    with ExitStack() as stack:
+        held = _held(module)
+        for part in module.modules():
+            if part in held:
+                stack.enter_context(_swapped(part))
+            elif part._parameters or part._buffers:
+                for handle in _hooks(part):
+                    stack.callback(handle.remove)
+        yield
+
+
+def _held(module: nn.Module) -> set[nn.Module]:
+    """Modules whose tensors are used from outside of their own forward."""
+    held: set[nn.Module] = {module}
+    for part in module.modules():
+        if any(part.children()) and (part._parameters or part._buffers):
+            held |= set(part.modules()) if part is not module else {part}
+    graph = getattr(module, "graph", None)
+    for node in graph.nodes if graph is not None else ():
+        if node.op == "get_attr":
+            held.add(module.get_submodule(str(node.target).rpartition(".")[0]))
+    return held
+
+
+def _hooks(part: nn.Module) -> list[Any]:
+    open_: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        context = _swapped(part)
+        context.__enter__()
+        open_.append(context)
+
+    def leave(*_: Any) -> None:
+        open_.pop().__exit__(None, None, None)
+
+    return [
+        part.register_forward_pre_hook(enter),
+        part.register_forward_hook(leave, always_call=True),
+    ]
+
+
+@contextmanager
+def _swapped(part: nn.Module) -> Iterator[None]:
+    """Double copies in a module's own tables; buffers come back as they were, not as updated."""
+    tables: list[dict[str, Any]] = [part._parameters, part._buffers]
+    before = [dict(table) for table in tables]
+    double: Callable[[Tensor], Tensor] = lambda t: (  # noqa: E731
+        t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.detach().clone()
+    )
+    try:
+        for table in tables:
+            for key, tensor in table.items():
+                table[key] = None if tensor is None else double(tensor)
+        yield
+    finally:
+        for table, saved in zip(tables, before, strict=True):
+            table.update(saved)

@@ -1,0 +1,82 @@
+"""What `compile` did, as data: the numbers and words behind every table and page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Width(_Data):
+    """One layer's width: output channels (or features) and input channels, before and after."""
+
+    name: str
+    kind: str
+    out_before: int
+    out_after: int
+    in_before: int
+    in_after: int
+
+
+class Pinned(_Data):
+    """Channels that had to stay, and what keeps them."""
+
+    reason: str
+    op: str
+    node: str
+    source: str | None = Field(description="the user's file:line")
+    members: list[str] = Field(description="parameter axes that it keeps, as 'name[dim]'")
+    channels: int
+
+
+class Verification(_Data):
+    """Largest relative difference from the original, in float64, by mode."""
+
+    eval_error: float
+    train_error: float | None = Field(description="None where train mode was not comparable")
+    tolerance: float
+    batch: int
+
+
+class CompileReport(_Data):
+    """Everything about one compilation. Sizes are counts; MACs are of one forward of the example."""
+
+    model: str
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    channels_before: int
+    channels_after: int
+    widths: list[Width] = []
+    pinned: list[Pinned] = []
+    dead_proven: int = Field(0, description="channels known dead or constant from the weights")
+    dead_observed: int = Field(0, description="channels that never fired on the calibration data")
+    constants_folded: int = Field(0, description="constant channels folded into biases or carriers")
+    carriers: int = Field(0, description="constant channels kept to stand for all the others")
+    gathers: int = Field(0, description="edges cut by an index_select")
+    scatters: int = Field(0, description="residual adds that became an index_add")
+    opaque: dict[str, str] = Field({}, description="submodules that could not be traced, and why")
+    assumptions: list[str] = []
+    warnings: list[str] = []
+    verification: Verification | None = None
+    seconds: dict[str, float] = Field({}, description="wall-clock by stage")
+    versions: dict[str, str] = {}
+
+    @property
+    def param_sparsity(self) -> float:
+        """1 - params / dense params."""
+        return 1.0 - self.params_after / max(self.params_before, 1)
+
+    @property
+    def channel_sparsity(self) -> float:
+        """Removed channels over all channels that parameters carry."""
+        return 1.0 - self.channels_after / max(self.channels_before, 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n")
