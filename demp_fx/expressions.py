@@ -161,36 +161,6 @@ def transformer_decoder(
     return tgt if m.norm is None else m.norm(tgt)
 
 
-def transformer(
-    m: nn.Transformer,
-    src: Tensor,
-    tgt: Tensor,
-    src_mask: Tensor | None = None,
-    tgt_mask: Tensor | None = None,
-    memory_mask: Tensor | None = None,
-    src_key_padding_mask: Tensor | None = None,
-    tgt_key_padding_mask: Tensor | None = None,
-    memory_key_padding_mask: Tensor | None = None,
-    src_is_causal: bool | None = None,
-    tgt_is_causal: bool | None = None,
-    memory_is_causal: bool = False,
-) -> Tensor:
-    """`nn.Transformer` without the checks of its arguments' sizes."""
-    memory = m.encoder(
-        src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal
-    )
-    return m.decoder(  # type: ignore[no-any-return]
-        tgt,
-        memory,
-        tgt_mask=tgt_mask,
-        memory_mask=memory_mask,
-        tgt_key_padding_mask=tgt_key_padding_mask,
-        memory_key_padding_mask=memory_key_padding_mask,
-        tgt_is_causal=tgt_is_causal,
-        memory_is_causal=memory_is_causal,
-    )
-
-
 def batch_norm(m: Any, x: Tensor) -> Tensor:
     """`nn.BatchNorm*d` where it is the root, or the base of somebody's own layer.
 
@@ -238,7 +208,6 @@ EXPRESSIONS: dict[type[nn.Module] | str, Expression] = {
     nn.TransformerEncoderLayer: transformer_encoder_layer,
     nn.TransformerEncoder: transformer_encoder,
     nn.TransformerDecoder: transformer_decoder,
-    nn.Transformer: transformer,
     nn.BatchNorm1d: batch_norm,
     nn.BatchNorm2d: batch_norm,
     nn.BatchNorm3d: batch_norm,
@@ -251,7 +220,9 @@ EXPRESSIONS: dict[type[nn.Module] | str, Expression] = {
 def expression_of(module: nn.Module) -> Expression | None:
     """The function that stands for `module`'s forward, or None; an overridden forward has none."""
     for base in type(module).__mro__:
+        if not issubclass(base, nn.Module):
+            continue
         found = EXPRESSIONS.get(base) or EXPRESSIONS.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
-            return found if type(module).forward is vars(base)["forward"] else None
+            return found if type(module).forward is base.forward else None
     return None
