@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
-from demp_fx.traced import TracedModule, TraceNotes, assemble
+from demp_fx.tracing.module import TracedModule, TraceNotes, assemble
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
 

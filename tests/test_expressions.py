@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import demp_fx
-from demp_fx.traced import TracedModule
+from demp_fx.tracing.module import TracedModule
 
 
 class Holder(nn.Module):

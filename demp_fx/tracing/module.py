@@ -1,1 +1,89 @@
-from demp_fx.traced import TracedModule, TraceNotes, assemble  # noqa: F401
+"""The module that tracing hands over: a GraphModule whose copies and pickles keep all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class TraceNotes:
+    """What the graph does not say: modules left whole, and decisions taken while tracing."""
+
+    opaque: dict[str, str] = field(default_factory=dict)  # qualified name -> "reason at file:line"
+    baked: list[str] = field(default_factory=list)  # "file:line: `the line` followed for ..."
+
+
+class TracedModule(fx.GraphModule):
+    """A GraphModule; its meta, node sources and buffers' persistence outlive copies and pickles."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, TracedModule)
+        copied._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        body = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code", "_lineno_map")}
+        rows = []
+        for node in self.graph.nodes:
+            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _to_reference)
+            rows.append((node.op, node.target, args, kwargs, node.name, node.meta.get("source")))
+        return _restore, (type(self).__name__, body, rows)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    name: str
+
+
+def _to_reference(argument: Any) -> Any:
+    return _Reference(argument.name) if isinstance(argument, fx.Node) else argument
+
+
+def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]]) -> TracedModule:
+    """Undo `TracedModule.__reduce__`: fx itself would trace the code again, for one mode only."""
+    graph, nodes = fx.Graph(), {}
+    for op, target, args, kwargs, name, source in rows:
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Reference) else a
+        )
+        nodes[name] = graph.create_node(op, target, args, kwargs, name)
+        nodes[name].meta.update({} if source is None else {"source": source})
+    root = nn.Module()
+    root.__dict__.update(body)
+    module = assemble(root, graph, class_name)
+    module.__dict__.update({k: v for k, v in body.items() if k not in vars(nn.Module())})
+    return module
+
+
+def assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
+    """A GraphModule with all of `root`'s parameters and buffers: names, order and persistence.
+
+    Containers are new; leaf modules and tensors are shared with `root`.
+    """
+    module = TracedModule(root, graph, class_name)
+    _mirror(root, module, {})
+    return module
+
+
+def _mirror(source: nn.Module, copy: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
+    seen[source] = copy
+    if copy is source:
+        return
+    copy.training = source.training
+    constants = copy._buffers.keys() - source._buffers.keys()
+    copy._non_persistent_buffers_set = source._non_persistent_buffers_set | constants
+    copy._parameters = {**source._parameters, **copy._parameters}
+    copy._buffers = {**source._buffers, **copy._buffers}
+    children = copy._modules
+    copy._modules = {}
+    for name, child in source._modules.items():
+        if child is None:
+            continue
+        twin = children.get(name) or seen.get(child) or (child if child.state_dict() else None)
+        if twin is not None:
+            copy._modules[name] = twin
+            _mirror(child, twin, seen)

@@ -84,6 +84,8 @@ class Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         self.values = Values(self.root, self.graph, self.modes, self.flags)
+        code = inspect.unwrap(root_fn).__code__
+        self.entry = f"{code.co_filename}:{code.co_firstlineno}"
         arguments = self.bound.arguments
         for name, value in arguments.items():
             kind = self.bound.signature.parameters[name].kind
@@ -161,7 +163,8 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["source"] = user_line(sys._getframe())
+        ends = node.op in ("placeholder", "output")
+        node.meta["source"] = self.entry if ends else user_line(sys._getframe())
         return node
 
     def create_arg(self, a: Any) -> Any:

@@ -1,0 +1,511 @@
+"""Tracing keeps what a model computes, in both modes, and everything about it that has a name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations
+
+import demp_fx
+from demp_fx.errors import TraceError, UsageError
+from demp_fx.inputs import Inputs
+from demp_fx.tracing.module import TracedModule
+
+
+def tensor(*size: int) -> Tensor:
+    return torch.randn(
+        *size, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(size))
+    )
+
+
+def targets(graph: TracedModule) -> list[Any]:
+    return [node.target for node in graph.graph.nodes]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.linear(x)) * self.scale
+        return F.dropout(x, 0.5, self.training)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.unused = nn.Linear(2, 2)
+        self.tied = self.blocks[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.blocks(x))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+X = tensor(6, 4)
+
+
+# --- names, hierarchy, modes ---------------------------------------------------------------------
+
+
+def test_names_and_order_of_the_state_dict_are_the_models(net: Net) -> None:
+    graph = demp_fx.trace(net, X)
+    assert list(graph.state_dict()) == list(net.state_dict())
+    assert dict(graph.named_parameters()) == dict(net.named_parameters())
+    assert list(dict(graph.named_buffers())) == list(dict(net.named_buffers()))
+
+
+def test_a_module_called_twice_has_one_name(net: Net) -> None:
+    called = targets(demp_fx.trace(net, X))
+    assert called.count("blocks.0.linear") == 2
+    assert "tied.linear" not in called
+
+
+def test_one_graph_follows_train_and_eval(net: Net) -> None:
+    graph = demp_fx.trace(net, X)
+    assert {"blocks.0.training", "blocks.1.training"} <= set(targets(graph))
+    torch.testing.assert_close(graph(X), net(X), rtol=0, atol=0)
+    graph.train()  # shares its layers with net, but not its blocks
+    net.train()
+    for module in (graph, net):
+        torch.manual_seed(1)
+        module.output = module(X)
+    torch.testing.assert_close(graph.output, net.output, rtol=0, atol=1e-12)
+    assert (graph.output == 0).any()
+
+
+def test_modes_of_single_modules_are_kept(net: Net) -> None:
+    net.train()
+    net.blocks[1].eval()
+    graph = demp_fx.trace(net, X)
+    assert graph.training
+    assert graph.get_submodule("blocks.0").training
+    assert not graph.get_submodule("blocks.1").training
+
+
+def test_the_model_is_left_as_it_was(net: Net) -> None:
+    before = {name: dict(vars(module)) for name, module in net.named_modules()}
+    demp_fx.trace(net, X)
+    assert {name: dict(vars(module)) for name, module in net.named_modules()} == before
+    with pytest.raises(UsageError):
+        demp_fx.trace(net, (X, X))
+    assert net.blocks[0].training is False
+
+
+def test_tracing_runs_nothing_in_place() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return x
+
+    model = Counter()
+    graph = demp_fx.trace(model, X)
+    assert model.calls == 0
+    graph(X)
+    assert model.calls == 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 3), nn.BatchNorm1d(4), nn.Dropout(0.0), nn.MultiheadAttention(4, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_leaf_layer_as_the_whole_model(layer: nn.Module) -> None:
+    layer = layer.double()
+    inputs = (X, X, X) if isinstance(layer, nn.MultiheadAttention) else (X,)
+    graph = demp_fx.trace(layer, inputs)
+    assert list(graph.state_dict()) == list(layer.state_dict())
+    for training in (False, True):
+        layer.train(training)
+        graph.train(training)
+        torch.testing.assert_close(graph(*inputs), layer(*inputs))
+
+
+def test_a_batch_norm_as_the_whole_model_counts_its_batches() -> None:
+    graph = demp_fx.trace(nn.BatchNorm1d(4).double(), X)
+    graph(X)
+    graph.eval()(X)
+    assert graph.get_buffer("num_batches_tracked") == 1
+
+
+def test_containers_are_looked_through() -> None:
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.list = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.dict = nn.ModuleDict({"relu": nn.ReLU()})
+            self.weights = nn.ParameterList([torch.ones(4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.list:
+                x = self.dict["relu"](layer(x)) * self.weights[0]
+            return x
+
+    model = Lists().double()
+    graph = demp_fx.trace(model, X)
+    assert {"list.0", "list.1", "dict.relu", "weights.0"} <= set(targets(graph))
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
+def test_every_node_knows_its_line(net: Net) -> None:
+    for node in demp_fx.trace(net, X).graph.nodes:
+        file, line = node.meta["source"].rsplit(":", 1)
+        assert file.endswith(".py")
+        assert int(line) > 0
+    dropout = next(n for n in demp_fx.trace(net, X).graph.nodes if n.target is F.dropout)
+    file, line = dropout.meta["source"].rsplit(":", 1)
+    assert file == __file__
+    code = Block.forward.__code__
+    assert int(line) == code.co_firstlineno + 2
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_keep_everything(net: Net, twin: Any) -> None:
+    graph = demp_fx.trace(net, X)
+    copied = twin(twin(graph))
+    assert isinstance(copied, TracedModule)
+    assert copied.meta["demp_fx"] == graph.meta["demp_fx"]
+    assert list(copied.state_dict()) == list(graph.state_dict())
+    names = [(n.name, n.meta["source"]) for n in graph.graph.nodes]
+    assert [(n.name, n.meta["source"]) for n in copied.graph.nodes] == names
+    torch.testing.assert_close(copied(X), net(X), rtol=0, atol=0)
+    assert not torch.equal(copied.train()(X), copied(X))
+    assert not net.training
+    with torch.no_grad():
+        copied.get_parameter("blocks.0.linear.weight").zero_()
+    assert net.blocks[0].linear.weight.abs().sum() > 0
+
+
+def test_a_traced_module_compiles(net: Net) -> None:
+    compiled = torch.compile(demp_fx.trace(net, X), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), net(X), rtol=0, atol=0)
+
+
+def test_constants_are_buffers_that_are_not_saved() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = torch.ones(4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift + torch.arange(4)
+
+    model = Shifted()
+    graph = demp_fx.trace(model, X)
+    for module in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert not module.state_dict()
+        torch.testing.assert_close(module(X), model(X), rtol=0, atol=0)
+
+
+def test_a_graph_module_is_traced_anew(net: Net) -> None:
+    first = demp_fx.trace(net, X)
+    second = demp_fx.trace(first, X)
+    assert [n.name for n in second.graph.nodes] == [n.name for n in first.graph.nodes]
+    torch.testing.assert_close(second(X), net(X), rtol=0, atol=0)
+    plain = demp_fx.trace(fx.symbolic_trace(nn.Sequential(nn.Linear(4, 2))).double(), X)
+    assert "0" in targets(plain)
+
+
+# --- example inputs ------------------------------------------------------------------------------
+
+
+class Options(nn.Module):
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return x * scale if y is None else (x + y) * scale
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        (X, ["x"]),
+        ((X,), ["x"]),
+        ([X, X], ["x", "y"]),
+        ({"y": X, "x": X}, ["x", "y"]),
+        ({"x": X, "scale": 3.0}, ["x", "scale"]),
+    ],
+)
+def test_arguments_that_are_not_given_vanish(inputs: Any, names: list[str]) -> None:
+    graph = demp_fx.trace(Options(), inputs)
+    assert [n.target for n in graph.graph.find_nodes(op="placeholder")] == names
+    given = Inputs.of(inputs)
+    expected = Options()(*given.args, **given.kwargs)
+    torch.testing.assert_close(graph(*given.args, **given.kwargs), expected, rtol=0, atol=0)
+    assert torch._assert not in targets(graph)
+
+
+def test_an_argument_without_tensors_is_fixed() -> None:
+    graph = demp_fx.trace(Options(), {"x": X, "scale": 3.0})
+    assert graph.meta["demp_fx"].baked == ["argument `scale` fixed at 3.0"]
+    torch.testing.assert_close(graph(x=X, scale=9.0), 3 * X)
+
+
+def test_starred_arguments_get_names_of_their_own() -> None:
+    class Starred(nn.Module):
+        def forward(self, x: Tensor, *more: Tensor, last: Tensor, **named: Tensor) -> Tensor:
+            return x + sum(more) + last + named["extra"]
+
+    graph = demp_fx.trace(Starred(), Inputs((X, X, X), {"last": X, "extra": X}))
+    torch.testing.assert_close(graph(X, X, X, last=X, extra=X), 5 * X)
+
+
+def test_nested_inputs_and_outputs() -> None:
+    class Nested(nn.Module):
+        def forward(self, pair: Any) -> dict[str, Any]:
+            first, second = pair["a"]
+            return {"sum": first + second, "all": [first, (second, None)]}
+
+    inputs = {"pair": {"a": (X, X)}}
+    out = demp_fx.trace(Nested(), inputs)(**inputs)
+    torch.testing.assert_close(out, {"sum": 2 * X, "all": [X, (X, None)]})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"), [({"x": X, "z": X}, "'z'"), ({"y": X}, "'x'"), ((X, X, 1, 2), "too many")]
+)
+def test_arguments_that_do_not_fit_are_named(inputs: Any, named: str) -> None:
+    with pytest.raises(UsageError, match=f"Options.forward.*{named}"):
+        demp_fx.trace(Options(), inputs)
+
+
+# --- control flow --------------------------------------------------------------------------------
+
+
+def test_a_branch_on_training_is_followed_and_noted() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return x + 1
+            return x - 1
+
+    graph = demp_fx.trace(Branches().eval(), X)
+    torch.testing.assert_close(graph(X), X - 1)
+    assert "training" not in targets(graph)
+    line = Branches.forward.__code__.co_firstlineno + 1
+    note = f"{__file__}:{line}: `if self.training:` followed for eval mode"
+    assert graph.meta["demp_fx"].baked == [note]
+
+
+def test_sizes_steer_python_as_they_do_in_eager() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.ndim == 4
+            y = self.conv(x)
+            if y.shape[-1] % 2:
+                y = F.pad(y, (0, 1))
+            batch, *_rest = y.shape
+            y = y + torch.zeros(batch, len(y.shape) + 2, 1, 1, device=y.device)
+            for i in range(y.size(-1) // 2):
+                y[..., 2 * i] = 0
+            return y
+
+    model, x = Sized().double(), tensor(2, 3, 7, 7)
+    graph = demp_fx.trace(model, x)
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(graph(x[:1]), model(x[:1]), rtol=0, atol=1e-12)
+    assert any("if y.shape[-1] % 2" in note for note in graph.meta["demp_fx"].baked)
+
+
+def test_wrapped_functions_are_looked_through_where_possible() -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return traceable(x) + untraceable(x)
+
+    graph = demp_fx.trace(Wrapped(), X)
+    assert untraceable in targets(graph)
+    assert traceable not in targets(graph)
+    torch.testing.assert_close(graph(X), Wrapped()(X), rtol=0, atol=0)
+
+
+@fx.wrap
+def traceable(x: Tensor) -> Tensor:
+    return x * 2 if x.ndim == 2 else x
+
+
+@fx.wrap
+def untraceable(x: Tensor) -> Tensor:
+    return x * 2 if x.sum() > 0 else x
+
+
+# --- what cannot be traced -----------------------------------------------------------------------
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if y.sum() > 0:
+            return y
+        return -y
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape
+        return self.inner(x).reshape(width) + 1
+
+
+def test_an_untraceable_submodule_stays_whole() -> None:
+    model = Outer(DataDependent()).double().eval()
+    graph = demp_fx.trace(model, X)
+    reason = graph.meta["demp_fx"].opaque["inner"]
+    line = DataDependent.forward.__code__.co_firstlineno + 2
+    assert reason.endswith(f"at {__file__}:{line}")
+    assert "inner" in targets(graph)
+    assert "inner.linear" not in targets(graph)  # the attempt left nothing behind
+    assert list(graph.state_dict()) == list(model.state_dict())
+    for x in (X, -X):
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+    assert graph.train().get_submodule("inner").training
+
+
+def test_what_an_attempt_looked_up_can_be_used_after_it() -> None:
+    class Given(nn.Module):
+        def forward(self, x: Tensor, size: Any) -> Tensor:
+            return x.reshape(size) if x.sum() > 0 else x
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given, self.shift = Given(), nn.Parameter(torch.ones(4).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.shape
+            return self.given(x, size).reshape(size) + self.shift
+
+    graph = demp_fx.trace(Uses(), X)
+    graph.graph.lint()
+    torch.testing.assert_close(graph(X), X + 1)
+
+
+def test_an_untraceable_root_is_an_error_with_a_line() -> None:
+    line = DataDependent.forward.__code__.co_firstlineno + 2
+    with pytest.raises(TraceError, match=rf"test_trace.py:{line}: DataDependent .*submodule"):
+        demp_fx.trace(DataDependent().double(), X)
+
+
+def test_arguments_no_graph_can_hold_are_the_callers_problem() -> None:
+    class Callback(nn.Module):
+        def forward(self, x: Tensor, function: Any) -> Tensor:
+            return function(x) if x.sum() > 0 else x
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.callback = Callback()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.callback(x, object())
+
+    graph = demp_fx.trace(Outer(Calls()), X)
+    assert list(graph.meta["demp_fx"].opaque) == ["inner"]
+
+
+def test_a_tensor_computed_from_parameters_aside_is_refused() -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + sum(p.sum() for p in self.parameters())
+
+    assert "inner" in demp_fx.trace(Outer(Aside()), X).meta["demp_fx"].opaque
+
+
+@pytest.mark.parametrize(
+    "change", [parametrizations.weight_norm, lambda m: m.register_forward_hook(lambda *_: None)]
+)
+def test_layers_with_more_than_their_forward_stay_whole(change: Any) -> None:
+    model = Outer(nn.Linear(4, 4).double())
+    change(model.inner)
+    graph = demp_fx.trace(model, X)
+    assert list(graph.meta["demp_fx"].opaque) == ["inner"]
+    assert list(graph.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
+def test_hooks_of_traced_modules_are_traced() -> None:
+    model = Outer(Options())
+    model.inner.register_forward_hook(lambda module, args, output: 2 * output)
+    model.register_forward_hook(lambda module, args, output: 3 * output)
+    torch.testing.assert_close(demp_fx.trace(model, X)(X), 3 * (2 * X + 1))
+
+
+def test_wrappers_and_unfinished_models_are_refused_with_advice() -> None:
+    with pytest.raises(UsageError, match=r"\.module"):
+        demp_fx.trace(nn.DataParallel(nn.Linear(4, 4)), X)
+    with pytest.raises(UsageError, match=r"0\.weight.*run the model once"):
+        demp_fx.trace(nn.Sequential(nn.LazyLinear(4)), X)
+    with pytest.raises(TraceError, match="TorchScript"):
+        demp_fx.trace(scripted(), X)
+
+
+def scripted() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Linear(4, 4).eval())
+
+
+# --- others' models ------------------------------------------------------------------------------
+
+MODELS = {
+    "resnet18": {},
+    "vit_b_16": {"image_size": 64},
+    "swin_t": {},
+    "googlenet": {"init_weights": False, "aux_logits": False, "dropout": 0.0},
+    "efficientnet_b0": {"dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torchvision_models_equal_eager_in_both_modes(name: str) -> None:
+    torchvision = pytest.importorskip("tests.zoo.shim").torchvision
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, **MODELS[name]).double().eval()
+    x = tensor(2, 3, 64, 64)
+    for module in model.modules():
+        if isinstance(module, torchvision.ops.StochasticDepth):
+            module.p = 0.0
+    graph = demp_fx.trace(model, x)
+    assert not graph.meta["demp_fx"].opaque
+    assert list(graph.state_dict()) == list(model.state_dict())
+    graph = copy.deepcopy(graph)
+    for training in (False, True):
+        model.train(training)
+        graph.train(training)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x), model(x), rtol=1e-10, atol=1e-12)
