@@ -9,8 +9,9 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 
 test: lint check
 
+# one thread a worker: two workers of two threads on two cores mostly wait for each other
 check: $(VENV)/.installed
-	$(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

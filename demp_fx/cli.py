@@ -178,7 +178,6 @@ def _load(model: str, inputs: tuple[str, ...], weights: Path | None) -> tuple[An
     loaded = loading.load_model(model)
     if weights:
         loading.load_weights(loaded.model, weights)
-    loading.require_finite(loaded.model)
     example = data.example_inputs(loaded, inputs)
     data.check_forward(loaded.model, example, "the example inputs")
     return loaded, example

@@ -199,11 +199,3 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UsageError(f"{path} cannot be read: {reason[0] if reason else error!r}") from error
-
-
-def require_finite(model: nn.Module) -> None:
-    """Refuse NaN in parameters and buffers, and infinities in parameters."""
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    bad += [name for name, b in model.named_buffers() if torch.isnan(b).any()]
-    if bad:
-        raise UsageError("the model's weights are not finite:" + _listing("in", bad))
