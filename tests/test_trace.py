@@ -153,13 +153,13 @@ def test_containers_are_looked_through() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.list = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-            self.dict = nn.ModuleDict({"relu": nn.ReLU()})
+            self.dict = nn.ModuleDict({"relu": nn.ReLU(), "nothing": nn.Sequential()})
             self.weights = nn.ParameterList([torch.ones(4)])
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.list:
                 x = self.dict["relu"](layer(x)) * self.weights[0]
-            return x
+            return self.dict["nothing"](x)
 
     model = Lists().double()
     graph = demp_fx.trace(model, X)

@@ -83,7 +83,9 @@ def _mirror(source: nn.Module, copy: nn.Module, seen: dict[nn.Module, nn.Module]
     for name, child in source._modules.items():
         if child is None:
             continue
-        twin = children.get(name) or seen.get(child) or (child if child.state_dict() else None)
+        twin = children.get(name, seen.get(child))
+        if twin is None and child.state_dict():
+            twin = child
         if twin is not None:
             copy._modules[name] = twin
             _mirror(child, twin, seen)

@@ -112,7 +112,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         standard = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return module_qualified_name in self.opaque or (standard and not m._modules)
+        plain = standard and not m._modules and not isinstance(m, nn.Sequential)
+        return plain or module_qualified_name in self.opaque
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.values.busy:
