@@ -64,7 +64,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.bn(self.conv(x))))
-        return self.head(x.mean((2, 3)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,7 +93,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         optimizer.step()
         with torch.no_grad():
             for scale in scales:
-                scale.copy_(F.softshrink(scale, PENALTY * schedule.get_last_lr()[0]))
+                scale.copy_(F.softshrink(scale, PENALTY * optimizer.param_groups[0]["lr"]))
         if step + 1 < steps:
             schedule.step()
 
@@ -100,7 +101,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The share of images that the model names right."""
-    return (model.eval()(images).argmax(1) == labels).float().mean().item()
+    right = model.eval()(images).argmax(1) == labels
+    return float(right.float().mean())
 
 
 def step_times(models: list[nn.Module], images: Tensor, labels: Tensor) -> list[float]:
