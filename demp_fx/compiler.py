@@ -9,20 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from demp_fx.channels.analysis import walk_of
-from demp_fx.channels.cuts import Cuts, decide
-from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Site
-from demp_fx.channels.walk import Walk
-from demp_fx.errors import DempError, UsageError
+from demp_fx.channels.analysis import walk
+from demp_fx.channels.cuts import Cuts
+from demp_fx.errors import UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
-from demp_fx.passes.narrow import narrow
+from demp_fx.passes.make_plan import fit
 from demp_fx.passes.observe import batches as read_batches
 from demp_fx.passes.observe import observe
 from demp_fx.passes.plan import PruningPlan
-from demp_fx.passes.planner import make_plan
 from demp_fx.passes.summary import summarize
 from demp_fx.passes.verify import verify as verify_pass
 from demp_fx.report.model import CompileReport
@@ -86,8 +82,7 @@ def compile(
         _check_finite(model)
         graph = trace(model, example_inputs)
     with clock("analyze"):
-        walked = walk_of(graph)
-        walked.run(inputs)
+        walked = walk(graph)
     samples, probe = 0, inputs
     if calibration is not None:
         batches = list(calibration)
@@ -97,10 +92,11 @@ def compile(
             seen, samples = observe(graph, batches, walked.activations, modes)
             probe = next(iter(_inputs(batches, graph)))
         with clock("analyze"):
-            walked = walk_of(graph, seen)
-            walked.run(inputs)
-    plan, module, solution, after = _narrow(graph, walked, inputs, cuts, clock)
-    report = summarize(model, graph, walked, solution, plan, module, after, samples)
+            walked = walk(graph, seen)
+    with clock("narrow"):
+        planned = fit(graph, walked, cuts)
+    plan, module = planned.plan, planned.module
+    report = summarize(type(model).__name__, graph, planned, samples)
     if verify:
         with clock("verify"):
             train = samples == 0 or optimizer is not None or model.training
@@ -113,64 +109,6 @@ def compile(
             repoint(optimizer, model, module, plan)
     report.seconds = clock.seconds
     return CompileResult(module, plan, report)
-
-
-def _narrow(
-    graph: fx.GraphModule, walked: Walk, inputs: Inputs, cuts: Cuts, clock: _Clock
-) -> tuple[PruningPlan, fx.GraphModule, Solution, Walk]:
-    """Solve, plan and rewrite; where a node does not take its new sizes, pin it and try again."""
-    for _ in range(len(walked.env)):
-        with clock("analyze"):
-            solution = decide(walked.system, cuts)
-        with clock("plan"):
-            plan = make_plan(walked, solution)
-        with clock("narrow"):
-            module = narrow(graph, plan)
-        with clock("check"):
-            misfit, after = _misfit(walked, plan, module, inputs)
-        if misfit is None:
-            return plan, module, solution, after
-        _pin(walked, misfit)
-    raise DempError("no narrowing of this model fits its own code")  # every node is pinned by then
-
-
-def _misfit(
-    walked: Walk, plan: PruningPlan, module: fx.GraphModule, inputs: Inputs
-) -> tuple[fx.Node | None, Walk]:
-    """The first node of the original whose narrow twin does not have the planned shape."""
-    after = walk_of(module, with_facts=False)
-    failed: str | None = None
-    try:
-        after.run(inputs)
-    except UsageError:
-        failed = after.site.node
-    shapes = {n.name: v.shape for n, v in after.env.items() if isinstance(v, Tensor)}
-    last = None
-    for node, value in walked.env.items():
-        if node.name == failed:
-            return node, after
-        if isinstance(value, Tensor) and node.name in shapes:
-            new = plan.nodes.get(node.name, {})
-            wanted = [new.get(d, n) for d, n in enumerate(value.shape)]
-            if list(shapes[node.name]) != wanted and not _joined(plan, node.name):
-                return node, after
-        if node.name in shapes:
-            last = node
-    return (last if failed else None), after
-
-
-def _joined(plan: PruningPlan, name: str) -> bool:
-    """A concat whose gathers stand behind it is wider than its readers."""
-    return any(g.producer == name for g in plan.gathers)
-
-
-def _pin(walked: Walk, node: fx.Node) -> None:
-    site = Site(str(node.target), node.name, node.meta.get("source"))
-    for n in (node, *node.all_input_nodes):
-        value = walked.env.get(n)
-        if isinstance(value, Tensor):
-            for label in walked.value(value).labels:
-                walked.system.pin(label, "its code does not take another size", site)
 
 
 def _inputs(batches: list[Any], graph: fx.GraphModule) -> Iterator[Inputs]:
@@ -187,4 +125,3 @@ def _check_finite(model: nn.Module) -> None:
                     f"{name} has values that are not finite: nothing can be proven about this "
                     "model; load weights from before the training diverged"
                 )
-

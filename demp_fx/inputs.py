@@ -21,7 +21,7 @@ class Inputs:
 
     @classmethod
     def of(cls, example: ExampleInputs) -> Inputs:
-        """`example`: a tensor (the only argument), a tuple or list (positional), a dict (by name)."""
+        """`example`: a tensor (the only argument), a tuple or list (by place), a dict (by name)."""
         if isinstance(example, Inputs):
             return example
         if isinstance(example, Mapping):

@@ -27,7 +27,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     shares leaf modules and tensors with it: deepcopy it before changing either. Arguments of
     forward that are not among the example inputs take their defaults and are no arguments of the
     result; those without a tensor in them keep the value given here. `meta["demp_fx"]` holds the
-    `TraceNotes`, each node's `meta["source"]` the user's "file:line".
+    `TraceNotes`, `meta["example_inputs"]` the shapes of the inputs (on meta), each node's
+    `meta["source"]` the user's "file:line".
 
     Args:
         model: any module; a GraphModule is traced anew.
@@ -39,7 +40,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
             initialised first.
         TraceError: the model's own forward could not be traced.
     """
-    bound = _bind(_checked(model), Inputs.of(example_inputs))
+    inputs = Inputs.of(example_inputs)
+    bound = _bind(_checked(model), inputs)
     tracer = Tracer(bound)
     own = set(vars(model))
     try:
@@ -59,6 +61,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     before = meta.get("demp_fx", TraceNotes())
     baked = list(dict.fromkeys([*before.baked, *tracer.baked]))
+    module.meta["example_inputs"] = inputs.map(lambda t: torch.empty_like(t, device="meta"))
     module.meta["demp_fx"] = TraceNotes({**before.opaque, **tracer.opaque}, baked)
     return module
 

@@ -15,25 +15,26 @@ from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
 
 
-def walk_of(
+def walk(
     graph: fx.GraphModule,
     observed: Mapping[str, tuple[int, Facts]] | None = None,
     with_facts: bool = True,
 ) -> Walk:
-    """A walk over `graph`, ready to run; `observed`: what calibration saw, by node."""
-    return Walk(graph, rule_of, SHAPES, observed or {}, with_facts)
+    """Walk over a traced module, on the shapes of its example inputs.
 
-
-def analyze(graph: fx.GraphModule) -> DependencyGraph:
-    """The pruning groups of a traced module: what is coupled, what is pinned, where and why.
-
-    Raises `UsageError` for a graph that does not come from `demp_fx.trace`.
+    `observed`: what calibration saw, by node. `with_facts`: also find what is known of the channels.
+    Raises `UsageError` for a graph that does not come from `demp_fx.trace`, and where the
+    example inputs do not run through it.
     """
     example = graph.meta.get("example_inputs")
     if not isinstance(example, Inputs):
-        raise UsageError("analyze takes what demp_fx.trace(model, example_inputs) returns")
-    walk = walk_of(graph)
-    walk.run(example)
-    return DependencyGraph(walk.system, decide(walk.system), set(walk.params))
+        raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
+    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts)
+    done.run(example)
+    return done
 
 
+def analyze(graph: fx.GraphModule) -> DependencyGraph:
+    """The pruning groups of a traced module: what is coupled, what is pinned, where and why."""
+    done = walk(graph)
+    return DependencyGraph(done.system, decide(done.system), set(done.params))

@@ -57,8 +57,8 @@ class _Costs:
         moved = [(t.atoms, 2.0 * t.elements) for t in system.traffic]
         worked: list[tuple[Tensor, float]] = []
         for read in system.reads:
-            for side in (read.inputs, *read.outputs):
-                worked.append((side, read.macs / MACS_PER_NUMBER / max(1, side.numel())))
+            work = read.macs / MACS_PER_NUMBER
+            worked += [(s, work / max(1, s.numel())) for s in (read.inputs, *read.outputs)]
         self.solution = solution
         self.price = _weigh(root, size, moved + worked)
 

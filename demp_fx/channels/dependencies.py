@@ -133,10 +133,10 @@ class DependencyGraph:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
-    def to_networkx(self) -> nx.MultiDiGraph:
+    def to_networkx(self) -> nx.MultiDiGraph[int]:
         """A node for each group (size, removable, members, pins), an edge for each link (kind,
         node, line)."""
-        graph = nx.MultiDiGraph()
+        graph: nx.MultiDiGraph[int] = nx.MultiDiGraph()
         for group in self.groups:
             data = asdict(group)
             graph.add_node(data.pop("id"), **data)
@@ -158,5 +158,3 @@ def _groups(root: Tensor, system: System) -> Tensor:
     first = first.scatter_reduce(0, root, owner, "amin")
     axis_root = components(len(system.axes) + 1, [(owner[1:], first[root][1:])])
     return axis_root[owner]
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,14 @@ from demp_fx.inputs import Inputs
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SIZES = {getattr, "size", "dim", "numel", "ndimension"}
+
+
+class RefusalError(UsageError):
+    """A node does not take what it is given."""
+
+    def __init__(self, node: fx.Node, message: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 @dataclass(slots=True)
@@ -106,12 +114,15 @@ class Walk(TorchDispatchMode):
     activations: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.site = Site("", "")
         self.versions: dict[int, int] = {}
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.quiet = False
+        self.real: Callable[[], AbstractContextManager[None]] = nullcontext
         self.profiles = 0
+        notes = self.graph.meta.get("demp_fx")
+        self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
 
     # -- the fx graph ---------------------------------------------------------------------------
 
@@ -122,8 +133,8 @@ class Walk(TorchDispatchMode):
         """
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
-        with torch.no_grad(), on_meta(self.graph) as names:
-            self.names = names
+        with torch.no_grad(), on_meta(self.graph) as twins:
+            self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 self.site = Site(str(node.op), node.name, node.meta.get("source"))
                 if node.op == "placeholder":
@@ -137,6 +148,9 @@ class Walk(TorchDispatchMode):
     def _node(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.graph)
+        if node.op == "call_module" and str(node.target) in self.opaque:
+            args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+            return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         args, kwargs = map_arg((node.args, node.kwargs), entered.__getitem__)
         try:
@@ -150,15 +164,30 @@ class Walk(TorchDispatchMode):
         except Exception as error:
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            raise UsageError(
+            raise RefusalError(
+                node,
                 f"the example inputs do not run through the model: node {node.name!r} "
-                f"({node.target}){where} refuses inputs of shape {shapes}: {error}"
+                f"({node.target}){where} refuses inputs of shape {shapes}: {error}",
             ) from error
         if node.name in self.observed and isinstance(out, Tensor) and out.dim() > 1:
             dim, seen = self.observed[node.name]
             value = self.value(out)
             value.facts = seen.spread(out.dim(), dim).under(value.facts)
         return out
+
+    def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A submodule that could not be traced: whatever goes into it stays as it is."""
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                for label in self.value(leaf).labels:
+                    self.system.pin(
+                        label, "it goes into a module that could not be traced", self.site
+                    )
+        try:
+            return module(*args, **kwargs)
+        except Exception:
+            with self.real():
+                return _on_zeros(module, args, kwargs)
 
     def _output(self, node: fx.Node) -> None:
         for n in node.all_input_nodes:
@@ -239,7 +268,10 @@ class Walk(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         shape = self.shapes.get(func)
-        out = func(*args, **kwargs) if shape is None else shape(args)
+        try:
+            out = func(*args, **kwargs) if shape is None else shape(args)
+        except NotImplementedError:
+            out = _on_zeros(func, args, kwargs)
         if self.quiet:
             return out
         site = Site(str(func), self.site.node, self.site.source)
@@ -330,6 +362,16 @@ class Walk(TorchDispatchMode):
         return self.versions.get(tensor.untyped_storage()._cdata, 0) if self.versions else 0
 
 
+def _on_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The shapes of a result that has no meta kernel: run for real, on zeros."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t, (args, kwargs)
+    )
+    return pytree.tree_map_only(
+        Tensor, lambda t: torch.empty_like(t, device="meta"), function(*args, **kwargs)
+    )
+
+
 def _placeholder(node: fx.Node, feed: Iterator[Any], kwargs: dict[str, Any]) -> Any:
     if str(node.target) in kwargs:
         return kwargs[str(node.target)]
@@ -341,25 +383,46 @@ def _placeholder(node: fx.Node, feed: Iterator[Any], kwargs: dict[str, Any]) -> 
         raise UsageError(f"the example inputs have no value for {node.target!r}") from None
 
 
+Twins = tuple[dict[int, tuple[str, Tensor]], Callable[[], AbstractContextManager[None]]]
+
+
 @contextmanager
-def on_meta(graph: fx.GraphModule) -> Iterator[dict[int, tuple[str, Tensor]]]:
+def on_meta(graph: fx.GraphModule) -> Iterator[Twins]:
     """Swap every parameter and buffer for a meta twin, and all modules to eval mode, meanwhile.
 
-    Yields id(twin) -> (name, real tensor). Twins of tied tensors are one, under the first name.
+    Yields id(twin) -> (name, real tensor), and a context in which the real ones are back. Twins of
+    tied tensors are one, under the first name.
     """
     twins: dict[int, Tensor] = {}
     names: dict[int, tuple[str, Tensor]] = {}
     modules = list(graph.named_modules())
     saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for _, m in modules]
-    try:
-        for prefix, module in modules:
-            _swap(prefix, module, twins, names)
-            module.training = False
-        yield names
-    finally:
-        for module, parameters, buffers, training in saved:
+
+    def restore() -> None:
+        for module, parameters, buffers, _ in saved:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
+
+    def swap() -> None:
+        for prefix, module in modules:
+            _swap(prefix, module, twins, names)
+
+    @contextmanager
+    def real() -> Iterator[None]:
+        restore()
+        try:
+            yield
+        finally:
+            swap()
+
+    try:
+        swap()
+        for _, module in modules:
+            module.training = False
+        yield names, real
+    finally:
+        restore()
+        for module, _, _, training in saved:
             module.training = training
 
 

@@ -1,1 +1,24 @@
-"""The passes, one a file: each a small callable on a graph."""
+"""The passes, one a file: each a small callable on a graph.
+
+graph = demp_fx.trace(model, example_inputs)
+seen, samples = observe(graph, calibration, activations(graph))
+plan = make_plan(graph, seen)
+module = narrow(graph, plan)
+verify(model, module, example_inputs)
+"""
+
+from demp_fx.passes.make_plan import make_plan
+from demp_fx.passes.narrow import narrow
+from demp_fx.passes.observe import activations, observe
+from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.verify import verify
+
+CATALOGUE: list[tuple[str, str]] = [
+    ("trace", "turn any module into an fx graph of its layers"),
+    ("observe", "the death test: which channels never fire on calibration data"),
+    ("make_plan", "find what is dead, proven or observed, and what can be cut for it"),
+    ("narrow", "carry out a plan: a physically narrower module"),
+    ("verify", "compare with the original in float64, in eval and train mode"),
+]
+
+__all__ = ["CATALOGUE", "PruningPlan", "activations", "make_plan", "narrow", "observe", "verify"]

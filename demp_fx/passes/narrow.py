@@ -167,7 +167,9 @@ class _Constants:
         floats = [p for p in module.parameters() if p.is_floating_point()]
         self.like = floats[0] if floats else torch.empty(0)
 
-    def add(self, graph: fx.Graph, name: str, values: list[int] | list[float], shape: list[int]) -> fx.Node:
+    def add(
+        self, graph: fx.Graph, name: str, values: list[int] | list[float], shape: list[int]
+    ) -> fx.Node:
         """Register a constant and return the node that reads it (at the insertion point)."""
         while hasattr(self.module, name) or name in self.parts:
             name += "_"

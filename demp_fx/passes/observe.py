@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from demp_fx.channels.analysis import walk
 from demp_fx.channels.facts import Facts
 from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
-from demp_fx.passes.still import still
+from demp_fx.passes.still import Still
+
+
+def activations(graph: fx.GraphModule) -> dict[str, int]:
+    """The nodes to watch: elementwise functions of one value with a channel axis, by name."""
+    return walk(graph, with_facts=False).activations
 
 
 class _Watch(fx.Interpreter):
@@ -41,7 +47,7 @@ class _Watch(fx.Interpreter):
 def batches(calibration: Iterable[Any], device: torch.device) -> Iterator[Inputs]:
     """Inputs of each batch: tensors, argument tuples or dicts; of (input, target) pairs the input.
 
-    A pair of a floating and an integer tensor, or whose second entry is one-dimensional, is taken as
+    A pair whose second entry is a tensor of integers, or of less than two dims, is taken as
     (input, target).
     """
     for batch in calibration:
@@ -68,7 +74,7 @@ def observe(
     for inputs in batches(calibration, device):
         samples += inputs.tensors[0].shape[0] if inputs.tensors and inputs.tensors[0].dim() else 1
         for training in modes:
-            with probing(graph, training), torch.no_grad(), still():
+            with probing(graph, training), torch.no_grad(), Still():
                 watch.run(*_ordered(graph, inputs))
     if samples == 0:
         raise UsageError("the calibration data is empty: the death test needs at least one batch")
@@ -97,14 +103,14 @@ def probing(module: nn.Module, training: bool) -> Iterator[None]:
               for m in norms]  # fmt: skip
     try:
         module.train(training)
-        for m in norms:
-            m.momentum = 0.0
+        for norm in norms:
+            norm.momentum = 0.0
         yield
     finally:
         for m, mode, momentum in before:
             m.training = mode
             if isinstance(m, nn.modules.batchnorm._NormBase):
                 m.momentum = momentum
-        for m, count in zip(norms, counts, strict=True):
-            if count is not None and m.num_batches_tracked is not None:
-                m.num_batches_tracked.copy_(count)
+        for norm, count in zip(norms, counts, strict=True):
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)

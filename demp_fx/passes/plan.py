@@ -1,4 +1,4 @@
-"""The plan: everything that a narrowing does, as data. It replays on any checkpoint of the model."""
+"""The plan: everything that a narrowing does, as data, to replay on any checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Gather(_Data):
 class Sum(_Data):
     """A residual sum of operands that carry different channels.
 
-    `left` and `right`: where the operand's channels go among the `size` channels of the result, None
-    where it has all of them. `shift`: constants of the channels that an operand no longer carries.
+    `left` and `right`: where the operand's channels go among the `size` channels of the result,
+    None where it has all of them. `shift`: constants of channels that an operand lost.
     """
 
     node: str
@@ -41,8 +41,8 @@ class Sum(_Data):
 class Folding(_Data):
     """Constants of the input channels `dropped` of a weight move elsewhere.
 
-    Into the bias: `values`, one a dropped channel. Or into `carriers`: input channels that stay; the
-    weights of carrier j grow by sum_k mix[j][k] * (the weights of dropped[k]).
+    Into the bias: `values`, one a dropped channel. Or into `carriers`: input channels that stay;
+    the weights of carrier j grow by sum_k mix[j][k] * (the weights of dropped[k]).
     """
 
     weight: str

@@ -20,7 +20,7 @@ from demp_fx.passes.scalars import frozen_scalars
 CATS = {torch.cat, torch.concat, torch.concatenate}
 
 
-def make_plan(walk: Walk, solution: Solution) -> PruningPlan:
+def plan_of(walk: Walk, solution: Solution) -> PruningPlan:
     """The plan that carries out a solution on the graph that was walked."""
     return _Planner(walk, solution).plan()
 
@@ -110,7 +110,7 @@ class _Planner:
             return
         pieces: Any = node.args[0]
         rank = self.walk.env[node].dim()
-        dim = (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % rank  # type: ignore[operator]
+        dim = (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % rank
         keys = [(e.producer, node.name, dim) for e in edges if e.dim == dim]
         cut = [k for k in keys if not torch.equal(wanted[k], layouts[k[0], dim])]
         if len(cut) < 2:
@@ -154,7 +154,8 @@ class _Planner:
     def _fold(self, read: Read) -> list[Folding]:
         """Where the constants go that a read no longer receives."""
         facts, fold = read.facts, read.fold
-        assert facts is not None and fold is not None
+        assert facts is not None
+        assert fold is not None
         kept = self.solution.kept(read.inputs)
         gone = facts.constant & ~kept
         if read.silent is not None:

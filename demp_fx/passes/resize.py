@@ -59,10 +59,10 @@ def _variadic(
     node: fx.Node, *names: str
 ) -> tuple[Callable[[int], list[int | str]], tuple[Any, ...]]:
     """Where a list of ints stands that may also be written as separate arguments."""
-    for name in names:
-        if name in node.kwargs:
-            listed: Any = node.kwargs[name]
-            return (lambda d: ["kwargs", name, d]), tuple(listed)
+    named = next((name for name in names if name in node.kwargs), None)
+    if named is not None:
+        listed: Any = node.kwargs[named]
+        return (lambda d: ["kwargs", named, d]), tuple(listed)
     if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
         return (lambda d: ["args", 1, d]), tuple(node.args[1])
     return (lambda d: ["args", d + 1]), tuple(node.args[1:])

@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 
-class still(TorchDispatchMode):
+class Still(TorchDispatchMode):
     """Every Bernoulli draw gives its mean, so that a draw divided by it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

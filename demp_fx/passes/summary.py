@@ -12,24 +12,22 @@ from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Axis
 from demp_fx.channels.walk import Walk
-from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.make_plan import Planned
 from demp_fx.report.model import CompileReport, Pinned, Width
 
 
-def summarize(
-    model: nn.Module, graph: fx.GraphModule, walk: Walk, solution: Solution, plan: PruningPlan,
-    module: fx.GraphModule, after: Walk, samples: int,
-) -> CompileReport:  # fmt: skip
-    """Figures of a finished narrowing; `samples`: how many calibration samples were seen."""
+def summarize(name: str, graph: fx.GraphModule, planned: Planned, samples: int) -> CompileReport:
+    """Figures of a finished narrowing of the model `name`; `samples`: seen in calibration."""
+    plan, module, walk, solution = planned.plan, planned.module, planned.before, planned.solution
     notes = graph.meta["demp_fx"]
     widths = _widths(graph, module)
     proven, observed = _known(walk)
     report = CompileReport(
-        model=type(model).__name__,
+        model=name,
         params_before=sum(p.numel() for p in graph.parameters()),
         params_after=sum(p.numel() for p in module.parameters()),
         macs_before=walk.system.macs,
-        macs_after=after.system.macs,
+        macs_after=planned.after.system.macs,
         channels_before=sum(w.out_before for w in widths),
         channels_after=sum(w.out_after for w in widths),
         widths=widths,
@@ -96,14 +94,12 @@ def _pinned(walk: Walk, solution: Solution) -> list[Pinned]:
 
 
 def _warnings(walk: Walk, solution: Solution) -> list[str]:
-    found: list[str] = []
-    for axis in solution.revived:
-        if _is_layer_output(walk, axis):
-            found.append(
-                f"every channel of {axis.owner.rpartition('.')[0] or axis.owner} is dead; one of "
-                f"{axis.size} is kept, because torch has no layers of width zero"
-            )
-    return found
+    return [
+        f"every channel of {axis.owner.rpartition('.')[0] or axis.owner} is dead; one of "
+        f"{axis.size} is kept, because torch has no layers of width zero"
+        for axis in solution.revived
+        if _is_layer_output(walk, axis)
+    ]
 
 
 def _is_layer_output(walk: Walk, axis: Axis) -> bool:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import Inputs
-from demp_fx.passes.still import still
+from demp_fx.passes.still import Still
 from demp_fx.report.model import Verification
 
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
@@ -83,7 +83,7 @@ def run(module: nn.Module, inputs: Inputs, training: bool) -> Any:
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.train(training)
-        with torch.no_grad(), in_float64(module), still():
+        with torch.no_grad(), in_float64(module), Still():
             return module(*inputs.args, **inputs.kwargs)
     finally:
         for m, mode in modes:

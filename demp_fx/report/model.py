@@ -43,7 +43,7 @@ class Verification(_Data):
 
 
 class CompileReport(_Data):
-    """Everything about one compilation. Sizes are counts; MACs are of one forward of the example."""
+    """Everything about one compilation. Sizes are counts; MACs are of one example forward."""
 
     model: str
     params_before: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +16,19 @@ def repoint(
 ) -> None:
     """Let `optimizer` train the parameters of `new` in the places of those of `old`.
 
-    Groups, hyper-parameters and step counts stay. State tensors of a parameter's shape are sliced as
-    the parameter was (of factored moments, the dims that they share with it). Parameters that `new`
-    does not have stay where they are.
+    Groups, hyper-parameters and step counts stay. State tensors of a parameter's shape are sliced
+    as the parameter was (of factored moments, the dims that they share with it). Parameters that
+    `new` does not have stay where they are.
     """
     names = {id(p): name for name, p in old.named_parameters()}
     twins = dict(new.named_parameters(remove_duplicate=False))
-    moves: dict[nn.Parameter, tuple[nn.Parameter, dict[int, list[int]]]] = {}
+    moves: dict[Tensor, tuple[Tensor, dict[int, list[int]]]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             twin = twins.get(names.get(id(p), ""))
             if twin is not None:
                 moves[p] = twin, plan.keep.get(names[id(p)], {})
-    state = {
+    state: dict[Tensor, Any] = {
         moves[p][0]: {key: _sliced(value, p, moves[p][1]) for key, value in entries.items()}
         for p, entries in optimizer.state.items()
         if p in moves

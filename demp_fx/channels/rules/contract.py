@@ -111,8 +111,11 @@ def _read(
     """The summed letter: both operands' channels are one, and the result needs those not dead."""
     one, other = a.single(walk, letter), b.single(walk, letter)
     if one is None or other is None:
+        reason = "reads channels that no parameter makes, such as the network's input"
+        if a.labels(walk, letter) and b.labels(walk, letter):
+            reason = "is summed over together with another axis"
         for label in a.labels(walk, letter) + b.labels(walk, letter):
-            walk.pin(call, label, "is summed over with channels that cannot be cut")
+            walk.pin(call, label, reason)
         return None
     walk.system.same(one, other, call.site)
     facts = walk.value(a.tensor).facts
@@ -146,14 +149,16 @@ def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
     """
     if weight.is_meta or weight.numel() == 0:
         return None
-    corner = weight.movedim(dim, 0)[(slice(None), *([0] * (weight.dim() - 1)))]
+    corner = weight.movedim(dim, 0)
+    while corner.dim() > 1:
+        corner = corner.select(1, 0)
     index = (corner == 0).nonzero().reshape(-1)
     if index.numel() == 0:
         return None
     empty = torch.zeros(weight.size(dim), dtype=torch.bool)
-    empty[index.cpu()] = ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(
-        1
-    ).cpu()
+    empty[index.cpu()] = (
+        ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
+    )
     return empty if bool(empty.any()) else None
 
 
@@ -236,7 +241,9 @@ def convolution(walk: Walk, call: Call) -> None:
         a = Operand(x, "bi" + "?" * (rank - 2))
         b = Operand(weight, ("io" if transposed else "oi") + kernel)
         spatial = transposed or any(p != 0 for p in call.args[4])
-        macs = (weight.numel() // weight.size(0)) * (x.numel() if transposed else call.outputs[0].numel())
+        macs = (weight.numel() // weight.size(0)) * (
+            x.numel() if transposed else call.outputs[0].numel()
+        )
         meet(walk, call, a, b, "bo" + "." * (rank - 2), bias, spatial, macs)
     elif groups == x.size(1) and weight.size(1) == 1 and not transposed:
         depthwise(walk, call)
@@ -252,12 +259,13 @@ def depthwise(walk: Walk, call: Call) -> None:
     filters = Operand(weight, "o").single(walk, "o")
     source = Operand(x, "bi").single(walk, "i")
     if filters is None:
-        return walk.give(out, ())
+        walk.give(out, ())
+        return
     if source is None:
         walk.pin(call, filters, "convolves channels that no parameter makes")
     else:
         walk.system.same(source.repeat_interleave(times), filters, call.site)
-    labels = {(1,): along(filters, rank, 1)}
+    labels: dict[tuple[int, ...], Tensor] = {(1,): along(filters, rank, 1)}
     if bias is not None:
         _bias(walk, call, labels, bias, out)
     walk.system.macs += out.numel() * (weight.numel() // weight.size(0))

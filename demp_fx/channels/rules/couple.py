@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-
 from torch import Tensor
 
 from demp_fx.channels.facts import Facts
@@ -59,7 +58,8 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
 
 
 def _constants(
-    walk: Walk, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int], out: Tensor
+    walk: Walk, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int],
+    out: Tensor,
 ) -> Facts | None:  # fmt: skip
     if facts is None or keeps is None or not out.is_floating_point():
         return None
@@ -114,8 +114,8 @@ AA = {f"aten::_upsample_{k}2d_aa": couple(trailing(2), "interpolate", "all")
       for k in ("bilinear", "bicubic")}  # fmt: skip
 MEANS = {f"aten::{name}": couple(named, name, "all") for name in ("mean", "amax", "amin")}
 REDUCTIONS = {f"aten::{name}": couple(named, name, None)
-              for name in ("sum", "var", "std", "var_mean", "std_mean", "norm", "logsumexp", "prod",
-                           "linalg_vector_norm", "_softmax", "_safe_softmax", "_log_softmax", "max",
+              for name in ("sum", "var", "std", "var_mean", "std_mean", "norm", "logsumexp",
+                           "prod", "linalg_vector_norm", "_softmax", "_safe_softmax", "_log_softmax", "max",
                            "min", "cumsum", "cumprod", "argmax", "argmin", "any", "all")}  # fmt: skip
 
 RULES: dict[str, Rule] = {

@@ -20,7 +20,7 @@ from demp_fx.channels.walk import Call, Rule, Walk
 SUBSTITUTE: dict[str, Callable[..., Tensor]] = {
     "aten::view": torch.reshape,
     "aten::_unsafe_view": torch.reshape,
-    "aten::_reshape_alias": lambda t, shape, _: torch.reshape(t, shape),
+    "aten::_reshape_alias": lambda t, shape, _: t.reshape(shape),
 }
 SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
           "aten::unbind", "aten::chunk"}  # fmt: skip
@@ -30,7 +30,7 @@ def move(walk: Walk, call: Call) -> None:
     """The labels of the result are the op applied to the labels of the operand."""
     tensor = call.tensors[0]
     value = walk.value(tensor)
-    run = SUBSTITUTE.get(call.op._schema.name, call.op)
+    run: Callable[..., Any] = SUBSTITUTE.get(call.op._schema.name, call.op)
 
     def apply(t: Tensor) -> list[Tensor]:
         with walk.silently():

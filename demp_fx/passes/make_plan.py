@@ -1,0 +1,90 @@
+"""From what is known to a plan that fits: solve, plan, try it on meta tensors, pin what refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from demp_fx.channels.analysis import walk
+from demp_fx.channels.cuts import Cuts, decide
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.solve import Solution
+from demp_fx.channels.system import Site
+from demp_fx.channels.walk import RefusalError, Walk
+from demp_fx.errors import DempError
+from demp_fx.passes.narrow import narrow
+from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.planner import plan_of
+
+
+@dataclass
+class Planned:
+    """A plan that fits, what it rests on, and the narrow module that it was tried on."""
+
+    plan: PruningPlan
+    module: fx.GraphModule
+    solution: Solution
+    before: Walk
+    after: Walk
+
+
+def make_plan(
+    graph: fx.GraphModule,
+    observed: Mapping[str, tuple[int, Facts]] | None = None,
+    cuts: Cuts = "pays",
+) -> PruningPlan:
+    """What can be cut out of a traced module: what the weights prove dead, and what was observed.
+
+    `cuts`: whether the graph may be cut inside a residual sum, or before one reader of several.
+    """
+    return fit(graph, walk(graph, observed), cuts).plan
+
+
+def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
+    """Solve and plan; where a node's code does not take its new sizes, pin it and start over."""
+    while True:
+        solution = decide(walked.system, cuts)
+        plan = plan_of(walked, solution)
+        module = narrow(graph, plan)
+        try:
+            after = walk(module, with_facts=False)
+            misfit = _misfit(walked, plan, after)
+        except RefusalError as refusal:
+            misfit = _original(graph, refusal.node)
+        if misfit is None:
+            return Planned(plan, module, solution, walked, after)
+        _pin(walked, misfit)
+
+
+def _misfit(walked: Walk, plan: PruningPlan, after: Walk) -> fx.Node | None:
+    """The first node of the original whose narrow twin does not have the planned shape."""
+    wide = {gather.producer for gather in plan.gathers}  # may be concats, gathered behind
+    shapes = {n.name: list(v.shape) for n, v in after.env.items() if isinstance(v, Tensor)}
+    for node, value in walked.env.items():
+        if isinstance(value, Tensor) and node.name in shapes and node.name not in wide:
+            new = plan.nodes.get(node.name, {})
+            if shapes[node.name] != [new.get(d, n) for d, n in enumerate(value.shape)]:
+                return node
+    return None
+
+
+def _original(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node of the original that `node` of the narrow graph stands for, or that feeds it."""
+    names: dict[str, fx.Node] = {n.name: n for n in graph.graph.nodes}
+    while node.name not in names:
+        node = node.all_input_nodes[0]
+    return names[node.name]
+
+
+def _pin(walked: Walk, node: fx.Node) -> None:
+    """Keep every channel that goes into or comes out of a node."""
+    site = Site(str(node.target), node.name, node.meta.get("source"))
+    pinned = len(walked.system.pins)
+    for n in (node, *node.all_input_nodes):
+        value = walked.env.get(n)
+        for label in walked.value(value).labels if isinstance(value, Tensor) else ():
+            walked.system.pin(label, "its code does not take another size", site)
+    if len(walked.system.pins) == pinned:
+        raise DempError(f"node {node.name!r} ({site.source}) cannot be narrowed, nor kept as it is")
