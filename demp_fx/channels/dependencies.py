@@ -67,7 +67,7 @@ class DependencyGraph:
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
         self._system, self._solution = system, solution
-        root = components(system.atoms, [(s.a, s.b) for s in system.sames])
+        root = components(system.atoms, [system.ties])
         self._axes = [a for a in system.axes if a.owner in params]
         self._group_of = _groups(root, system)
         self.groups = self._build(root)

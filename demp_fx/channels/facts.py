@@ -37,6 +37,14 @@ class Facts:
         maps = torch.where(known & (values != 0).any(0), profile, 0)
         return cls(known, values, maps)
 
+    @classmethod
+    def exactly(cls, numbers: Tensor) -> Facts:
+        """The facts of a tensor whose numbers are known."""
+        numbers = numbers.to("cpu", torch.float64)
+        known = torch.ones_like(numbers, dtype=torch.bool)
+        values = numbers.expand(2, *numbers.shape)
+        return cls(known, values, torch.zeros_like(known, dtype=torch.int64))
+
     @property
     def zero(self) -> Tensor:
         return self.known & (self.values == 0).all(0)

@@ -34,8 +34,9 @@ def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         a, b, x, y = a[open_], b[open_], x[open_], y[open_]
         low = torch.minimum(x, y)
         root = root.scatter_reduce(0, torch.cat([x, y]), torch.cat([low, low]), "amin")
-        while not torch.equal(root, root[root]):
-            root = root[root]
+        higher = root[root]
+        while not torch.equal(root, higher):
+            root, higher = higher, higher[higher]
 
 
 @dataclass
@@ -100,7 +101,7 @@ def droppable(edge: Edge) -> Tensor:
 
 def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
     """The least fixpoint; `hard`: ids of edges that are not to be cut."""
-    ties = [(s.a, s.b) for s in system.sames]
+    ties = [system.ties]
     ties += [(e.source, e.target) for e in system.edges if id(e) in hard]
     root = components(system.atoms, ties)
     keep = torch.zeros(system.atoms, dtype=torch.bool)

@@ -119,13 +119,14 @@ class Traffic:
 
 @dataclass
 class System:
-    """Everything a walk recorded, in the order of execution."""
+    """Everything a walk recorded, in the order of execution; `ties`: all pairs of atoms in `sames`."""
 
     axes: list[Axis] = field(default_factory=list)
     sames: list[Same] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     flow: list[Read | Edge] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
+    ties: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64),) * 2
     atoms: int = 1
     macs: int = 0
 
@@ -146,14 +147,24 @@ class System:
 
     def same(self, a: Tensor, b: Tensor, site: Site) -> None:
         """Tie two label tensors of one shape; where one has no atom, the other one is pinned."""
-        a, b = a.reshape(-1), b.reshape(-1)
-        if torch.equal(a, b):
+        if a is not b:
+            self.sames.append(Same(a.reshape(-1), b.reshape(-1), site))
+
+    def close(self) -> None:
+        """Join all that was tied; where one side has no atom, pin the other one instead."""
+        if not self.sames:
             return
-        bare = (a == 0) | (b == 0)
-        if bool(bare.any()):
-            self.pin(torch.maximum(a, b)[bare], "meets channels that no parameter makes", site)
-            a, b = a[~bare], b[~bare]
-        self.sames.append(Same(a, b, site))
+        a = torch.cat([s.a for s in self.sames])
+        b = torch.cat([s.b for s in self.sames])
+        bare = ((a == 0) != (b == 0)).nonzero().reshape(-1)
+        if bare.numel():
+            ends = torch.tensor([s.a.numel() for s in self.sames]).cumsum(0)
+            which = torch.searchsorted(ends, bare, right=True)
+            for k in which.unique().tolist():
+                atoms = torch.maximum(a, b)[bare[which == k]]
+                self.pin(atoms, "meets channels that no parameter makes", self.sames[k].site)
+        tied = (a != 0) & (b != 0) & (a != b)
+        self.ties = a[tied], b[tied]
 
     def pin(self, atoms: Tensor, reason: str, site: Site) -> None:
         """Keep `atoms`, and say why."""

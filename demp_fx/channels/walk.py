@@ -42,13 +42,21 @@ class RefusalError(UsageError):
 class Value:
     """What the walk knows of one tensor.
 
-    `data`: for a parameter, buffer or a view of one, the real tensor behind it.
+    `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
+    are its numbers, read when they are asked for.
     """
 
     labels: Labels = ()
-    facts: Facts | None = None
+    known: Facts | None = None
     data: Tensor | None = None
     version: int = 0
+    vector: bool = False
+
+    @property
+    def facts(self) -> Facts | None:
+        if self.vector and self.known is None and self.data is not None:
+            self.known = Facts.exactly(self.data)
+        return self.known
 
 
 @dataclass(slots=True)
@@ -143,6 +151,7 @@ class Walk(TorchDispatchMode):
                     self._output(node)
                 else:
                     self.env[node] = self._node(node)
+        self.system.close()
         return self.system
 
     def _node(self, node: fx.Node) -> Any:
@@ -172,7 +181,7 @@ class Walk(TorchDispatchMode):
         if node.name in self.observed and isinstance(out, Tensor) and out.dim() > 1:
             dim, seen = self.observed[node.name]
             value = self.value(out)
-            value.facts = seen.spread(out.dim(), dim).under(value.facts)
+            value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
 
     def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -259,7 +268,7 @@ class Walk(TorchDispatchMode):
                 self.system.pin(edge.target, reason, self.site)
         for label in value.labels:
             self.system.pin(label, reason, self.site)
-        value.facts = None
+        value.known = None
 
     # -- the ATen ops ---------------------------------------------------------------------------
 
@@ -279,8 +288,11 @@ class Walk(TorchDispatchMode):
         if torch.Tag.inplace in func.tags:
             storage = args[0].untyped_storage()._cdata
             self.versions[storage] = self.versions.get(storage, 0) + 1
-        if any(self.value(t).labels or self.value(t).facts for t in call.tensors):
-            self.rule_of(func)(self, call)
+        for tensor in call.tensors:
+            value = self.value(tensor)
+            if value.labels or value.known is not None:
+                self.rule_of(func)(self, call)
+                break
         return out
 
     @contextmanager
@@ -312,16 +324,9 @@ class Walk(TorchDispatchMode):
             for d, n in enumerate(tensor.shape)
             if n > 1
         )
-        facts = None
-        if self.with_facts and rank == 1 and real.is_floating_point() and not real.is_meta:
-            data = real.detach().to("cpu", torch.float64)
-            facts = Facts(
-                torch.ones_like(data, dtype=torch.bool),
-                data.expand(2, -1),
-                torch.zeros_like(data, dtype=torch.int64),
-            )
-        self.params[name] = Value(labels, facts, real.detach())
-        return self.params[name]
+        vector = self.with_facts and rank == 1 and real.is_floating_point() and not real.is_meta
+        value = self.params[name] = Value(labels, None, real.detach(), 0, vector)
+        return value
 
     def give(
         self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,

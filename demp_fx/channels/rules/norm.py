@@ -45,30 +45,36 @@ def _constants(walk: Walk, call: Call) -> Facts | None:
     in eval mode, and the shift alone in train mode (its deviation from the batch mean is zero)."""
     x = call.args[0]
     size = x.size(1)
-    scale, shift, mean, var = (
-        None if t is None else _numbers(walk, t, size) for t in _parameters(call)
-    )
+    weight, bias, mean, var = _parameters(call)
+    scale = None if weight is None else _numbers(walk, weight)
     before = walk.value(x).facts
     seen = before.along(1, size) if before is not None else None
-    dead = scale == 0 if scale is not None else torch.zeros(size, dtype=torch.bool)
+    dead = torch.zeros(size, dtype=torch.bool) if scale is None else scale == 0
     known = dead if seen is None else dead | seen.flat
     if not bool(known.any()):
         return None
-    gain = torch.ones(size, dtype=torch.float64) if scale is None else scale
-    base = torch.zeros(size, dtype=torch.float64) if shift is None else shift
-    in_eval = base
-    if mean is not None and var is not None and seen is not None:
-        eps = call.arg("eps") or call.arg("epsilon") or 0.0
-        normal = (seen.values[0] - mean) * (var + eps).rsqrt()
-        in_eval = torch.where(dead, base, normal * gain + base)
-    return Facts.of(known, torch.stack([in_eval, base]))
-
-
-def _numbers(walk: Walk, tensor: Tensor, size: int) -> Tensor | None:
-    facts = walk.value(tensor).facts
-    if facts is None or not bool(facts.known.all()):
+    shift = torch.zeros(size, dtype=torch.float64) if bias is None else _numbers(walk, bias)
+    if shift is None or (weight is not None and scale is None):
         return None
-    return facts.values[0].reshape(-1).expand(size)
+    in_eval = shift
+    if mean is not None and var is not None and seen is not None:
+        centre, spread = _numbers(walk, mean), _numbers(walk, var)
+        if centre is None or spread is None:
+            return None
+        eps = call.arg("eps") or call.arg("epsilon") or 0.0
+        normal = (seen.values[0] - centre) * (spread + eps).rsqrt()
+        in_eval = normal + shift if scale is None else normal * scale + shift
+        in_eval = torch.where(dead, shift, in_eval)
+    return Facts.of(known, torch.stack([in_eval, shift]))
+
+
+def _numbers(walk: Walk, tensor: Tensor) -> Tensor | None:
+    """The numbers of a vector, where they are known."""
+    value = walk.value(tensor)
+    if value.data is not None:
+        return None if value.data.is_meta else value.data.to("cpu", torch.float64)
+    facts = value.facts
+    return None if facts is None or not bool(facts.known.all()) else facts.values[0].reshape(-1)
 
 
 def spread(walk: Walk, call: Call) -> None:
