@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import demp_fx
 from demp_fx.emit import folder
 
-EPOCHS, BATCH, RATE, PENALTY = 25, 64, 0.05, 0.2
+EPOCHS, BATCH, RATE, PENALTY = 25, 64, 0.05, 0.12
 OUT = Path("digits-narrow")
 
 

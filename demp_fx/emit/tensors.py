@@ -35,8 +35,11 @@ def literal(tensor: torch.Tensor, name: str) -> str:
     if not values.numel():
         return blank(values)
     if values.numel() <= READABLE and _prints_exactly(values):
-        numbers = textwrap.fill(str(values.tolist()), 92, subsequent_indent=" " * 12)
-        return f"torch.tensor({numbers}, dtype={values.dtype})"
+        numbers = str(values.reshape(-1).tolist() if values.ndim else values.item())
+        if len(numbers) > 40:
+            numbers = "\n" + textwrap.indent(textwrap.fill(numbers, 84), " " * 12)
+        shape = f".reshape{tuple(values.shape)}" if values.ndim > 1 else ""
+        return f"torch.tensor({numbers}, dtype={values.dtype}){shape}"
     packed = zlib.compress(values.reshape(-1).view(torch.uint8).numpy().tobytes(), 9)
     text = base64.b85encode(packed).decode()
     lines = "\n".join(f'            "{line}"' for line in textwrap.wrap(text, 84))
