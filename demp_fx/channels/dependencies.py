@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,11 @@ class DependencyGraph:
         root = components(system.atoms, [system.ties])
         self._axes = [a for a in system.axes if a.owner in params]
         self._group_of = _groups(root, system)
+        self._feeds: dict[int, set[int]] = defaultdict(set)
+        for edge in system.edges:
+            self._feeds[int(self._group_of[edge.target[0]])].add(
+                int(self._group_of[edge.source[0]])
+            )
         self.groups = self._build(root)
         self.links = self._link()
 
@@ -96,14 +101,25 @@ class DependencyGraph:
         seen: Counter[tuple[int, str, str, str, str | None]] = Counter()
         for pin in self._system.pins:
             owners = self._group_of[pin.atoms]
-            for owner in owners.unique().tolist():
-                if pin.reason != STRUCTURE and owner in self._number:
-                    channels = int(root[pin.atoms[owners == owner]].unique().numel())
+            for owner in owners.unique().tolist() if pin.reason != STRUCTURE else ():
+                channels = int(root[pin.atoms[owners == owner]].unique().numel())
+                for source in self._sources(owner):
                     site = pin.site
-                    key = self._number[owner], pin.reason, site.op, site.node, site.source
-                    seen[key] += channels
-        for (k, reason, op, node, source), channels in seen.items():
-            groups[k].pins.append(Pin(reason, op, node, source, channels))
+                    seen[source, pin.reason, site.op, site.node, site.source] += channels
+        for (k, reason, op, node, line), channels in seen.items():
+            groups[k].pins.append(Pin(reason, op, node, line, channels))
+
+    def _sources(self, owner: int) -> list[int]:
+        """The groups of parameters whose channels arrive in a group: itself, or through edges."""
+        waiting, seen, found = [owner], {owner}, []
+        for group in waiting:
+            if group in self._number:
+                found.append(self._number[group])
+                continue
+            new = self._feeds.get(group, set()) - seen
+            seen |= new
+            waiting += new
+        return found
 
     def _link(self) -> list[Link]:
         links: dict[Link, None] = {}

@@ -119,7 +119,7 @@ class Traffic:
 
 @dataclass
 class System:
-    """Everything a walk recorded, in the order of execution; `ties`: all pairs of atoms in `sames`."""
+    """Everything a walk recorded, in order of execution; `ties`: the pairs of atoms in `sames`."""
 
     axes: list[Axis] = field(default_factory=list)
     sames: list[Same] = field(default_factory=list)

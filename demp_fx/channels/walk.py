@@ -281,6 +281,9 @@ class Walk(TorchDispatchMode):
             out = func(*args, **kwargs) if shape is None else shape(args)
         except NotImplementedError:
             out = _on_zeros(func, args, kwargs)
+        except RuntimeError:  # a tensor that the model's code made of its own
+            args, kwargs = _meta((args, kwargs))
+            out = func(*args, **kwargs)
         if self.quiet:
             return out
         site = Site(str(func), self.site.node, self.site.source)
@@ -372,8 +375,12 @@ def _on_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t, (args, kwargs)
     )
+    return _meta(function(*args, **kwargs))
+
+
+def _meta(value: Any) -> Any:
     return pytree.tree_map_only(
-        Tensor, lambda t: torch.empty_like(t, device="meta"), function(*args, **kwargs)
+        Tensor, lambda t: t if t.is_meta else torch.empty_like(t, device="meta"), value
     )
 
 

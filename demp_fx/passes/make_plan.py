@@ -82,8 +82,11 @@ def _pin(walked: Walk, node: fx.Node) -> None:
     """Keep every channel that goes into or comes out of a node."""
     site = Site(str(node.target), node.name, node.meta.get("source"))
     pinned = len(walked.system.pins)
-    for n in (node, *node.all_input_nodes):
+    nodes = [node]
+    for n in nodes:  # up to the tensors that feed it, through sizes and lists
         value = walked.env.get(n)
+        if n is node or not isinstance(value, Tensor):
+            nodes += [i for i in n.all_input_nodes if i not in nodes]
         for label in walked.value(value).labels if isinstance(value, Tensor) else ():
             walked.system.pin(label, "its code does not take another size", site)
     if len(walked.system.pins) == pinned:

@@ -31,7 +31,8 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
     """A rule for an op over some dims.
 
     `keeps`: how constants that do not vary there fare. "all": unchanged (a mean, a maximum);
-    "average": unchanged but where zero padding is counted in; None: nothing is known any more.
+    "average": unchanged but where zero padding is counted in; "zero": only zeros are (a sum); None:
+    nothing is known any more.
     """
 
     def rule(walk: Walk, call: Call) -> None:
@@ -73,7 +74,7 @@ def _constants(
         return t.reshape(shape)
 
     moved_facts = facts.map(shift)
-    if call.arg("divisor_override") is not None:
+    if keeps == "zero" or call.arg("divisor_override") is not None:
         return Facts.of(moved_facts.zero, moved_facts.values)
     profile = walk.profile() if keeps == "average" and _uneven(call) else 0
     return Facts.of(moved_facts.flat, moved_facts.values, profile)
@@ -113,12 +114,14 @@ UPSAMPLE = {f"aten::{name}{n}d": couple(trailing(n), name, "all")
 AA = {f"aten::_upsample_{k}2d_aa": couple(trailing(2), "interpolate", "all")
       for k in ("bilinear", "bicubic")}  # fmt: skip
 MEANS = {f"aten::{name}": couple(named, name, "all") for name in ("mean", "amax", "amin")}
-REDUCTIONS = {f"aten::{name}": couple(named, name, None)
-              for name in ("sum", "var", "std", "var_mean", "std_mean", "norm", "logsumexp",
-                           "prod", "linalg_vector_norm", "_softmax", "_safe_softmax", "_log_softmax", "max",
-                           "min", "cumsum", "cumprod", "argmax", "argmin", "any", "all")}  # fmt: skip
+SUMS = {f"aten::{name}": couple(named, name, "zero")
+        for name in ("sum", "norm", "linalg_vector_norm", "cumsum", "cumprod", "prod", "any",
+                     "var", "std")}  # fmt: skip
+OTHERS = {f"aten::{name}": couple(named, name, None)
+          for name in ("var_mean", "std_mean", "logsumexp", "_softmax", "_safe_softmax",
+                       "_log_softmax", "max", "min", "argmax", "argmin", "all")}  # fmt: skip
 
 RULES: dict[str, Rule] = {
-    **POOLS, **WITH_INDICES, **UPSAMPLE, **AA, **MEANS, **REDUCTIONS,
+    **POOLS, **WITH_INDICES, **UPSAMPLE, **AA, **MEANS, **SUMS, **OTHERS,
     "aten::embedding": embedding,
 }  # fmt: skip

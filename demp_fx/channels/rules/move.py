@@ -22,6 +22,10 @@ SUBSTITUTE: dict[str, Callable[..., Tensor]] = {
     "aten::_unsafe_view": torch.reshape,
     "aten::_reshape_alias": lambda t, shape, _: t.reshape(shape),
 }
+RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
+REARRANGE = {"aten::flip", "aten::roll", "aten::repeat", "aten::pixel_shuffle", "aten::rot90",
+             "aten::pixel_unshuffle", "aten::channel_shuffle", "aten::native_channel_shuffle",
+             "aten::_unsafe_view", "aten::unbind", "aten::tril", "aten::triu"}  # fmt: skip
 SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
           "aten::unbind", "aten::chunk"}  # fmt: skip
 
@@ -64,7 +68,9 @@ def fits(before: Tensor, after: Tensor, name: str) -> bool:
         return False
     if name in SLICES:
         return _run(old, new)
-    return bool(new.numel() % old.numel() == 0) and _repeats(old, new)
+    if new.numel() < old.numel():
+        old, new = new, old
+    return name in RESHAPES and new.numel() % old.numel() == 0 and _repeats(old, new)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -194,8 +200,7 @@ def pad(walk: Walk, call: Call) -> None:
 RULES: dict[str, Rule] = {
     "aten::cat": cat,
     "aten::constant_pad_nd": pad,
-    "aten::_unsafe_view": move,
-    "aten::unbind": move,
+    **dict.fromkeys(REARRANGE, move),
     "aten::as_strided": lambda walk, call: _refuse(walk, call),
 }
 

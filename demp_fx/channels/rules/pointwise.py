@@ -16,6 +16,9 @@ aten = torch.ops.aten
 # Ops that return their input as it is, in another dtype, memory or wrapper.
 COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten::lift_fresh",
           "aten::detach_"}  # fmt: skip
+# Elementwise, though the dispatcher does not say so.
+UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
+            "aten::log_sigmoid_forward", "aten::rrelu_with_noise"}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
 # Results of the operand's shape that hold none of its numbers.
 LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
@@ -30,7 +33,8 @@ def pointwise(walk: Walk, call: Call) -> None:
     facts = constants(walk, call, out) if walk.with_facts else None
     if len(call.tensors) == 1 and len(labels) == 1 and len(varying(labels[0])) == 1:
         walk.activations[call.site.node] = varying(labels[0])[0]
-    walk.give(out, labels, facts)
+    for other in call.outputs:
+        walk.give(other, labels if other.shape == out.shape else (), facts)
 
 
 def aligned(walk: Walk, call: Call, out: Tensor) -> Labels:
@@ -63,6 +67,8 @@ def constants(walk: Walk, call: Call, out: Tensor) -> Facts | None:
     if not out.is_floating_point():
         return None
     found = [walk.value(t).facts for t in call.tensors]
+    if call.op._schema.name == "aten::where" and found[0] is None and len(found) == 3:
+        return _either(found[1], found[2], out)
     facts = [f for f in found if f is not None]
     if not facts:
         return None
@@ -78,6 +84,16 @@ def constants(walk: Walk, call: Call, out: Tensor) -> Facts | None:
     elif len(facts) == 1:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
     result = Facts.of(known & values.isfinite().all(0), values)
+    return None if result is None else result.aligned(out.dim())
+
+
+def _either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
+    """One of two values, nobody knows which: known where they agree."""
+    if a is None or b is None:
+        return None
+    a, b = same_place([a, b])
+    agree = a.flat & b.flat & (a.values == b.values).all(0)
+    result = Facts.of(agree, a.values)
     return None if result is None else result.aligned(out.dim())
 
 
@@ -100,8 +116,9 @@ def _run(call: Call, values: list[Tensor]) -> Tensor:
 
     args = [swap(a) for a in call.args]
     kwargs = {k: swap(a) for k, a in call.kwargs.items() if k not in ("device", "dtype")}
-    result: Tensor = call.op(*args, **kwargs).to(torch.float64)
-    return result
+    result = call.op(*args, **kwargs)
+    first: Tensor = result if isinstance(result, Tensor) else result[0]
+    return first.to(torch.float64)
 
 
 def copy(walk: Walk, call: Call) -> None:
@@ -116,6 +133,7 @@ def like(walk: Walk, call: Call) -> None:
 
 
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(UNTAGGED, pointwise),
     **dict.fromkeys(COPIES, copy),
     **dict.fromkeys(LIKE, like),
 }
