@@ -23,8 +23,8 @@ def walk(
     """Walk over a traced module, on the shapes of its example inputs.
 
     `observed`: what calibration saw, by node. `with_facts`: also find what is known of the channels.
-    Raises `UsageError` for a graph that does not come from `demp_fx.trace`, and where the
-    example inputs do not run through it.
+    Raises `UsageError` for a graph that is not from `demp_fx.trace`, and where its inputs do not
+    run through it.
     """
     example = graph.meta.get("example_inputs")
     if not isinstance(example, Inputs):

@@ -153,7 +153,15 @@ def _propagate(steps: list[_Step], keep: Tensor) -> None:
 
 
 def _revive(solution: Solution) -> bool:
-    """Keep one channel of every axis: torch refuses layers of width zero."""
+    """Keep one channel of every axis: torch refuses layers of width zero. A branch that adds
+    nothing to a residual sum keeps one that the sum has."""
+    found = False
+    for edge in solution.system.edges:
+        after = solution.kept(edge.target) if edge.sum else None
+        if after is None or bool((after & solution.kept(edge.source)).any()):
+            continue
+        if bool(after.any()):
+            solution.keep[solution.root[edge.source[after][0]]] = found = True
     axes = solution.system.axes
     count = solution.keep[solution.root].to(torch.int64).cumsum(0)
     ends = torch.tensor([(axis.start - 1, axis.stop - 1) for axis in axes]).reshape(-1, 2)
@@ -163,7 +171,7 @@ def _revive(solution: Solution) -> bool:
         if not bool(solution.keep[atom]):
             solution.keep[atom] = True
             solution.revived.append(axes[k])
-    return bool(empty)
+    return found or bool(empty)
 
 
 def _carry(solution: Solution, folds: dict[int, Facts]) -> bool:

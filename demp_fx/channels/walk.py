@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.system import Axis, Edge, Site, System, Traffic
-from demp_fx.errors import UsageError
+from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
@@ -170,6 +170,8 @@ class Walk(TorchDispatchMode):
                     out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
                     out = node.target(*args, **kwargs)  # type: ignore[operator]
+        except DempError:
+            raise
         except Exception as error:
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
@@ -294,9 +296,16 @@ class Walk(TorchDispatchMode):
         for tensor in call.tensors:
             value = self.value(tensor)
             if value.labels or value.known is not None:
-                self.rule_of(func)(self, call)
+                self._apply(call)
                 break
         return out
+
+    def _apply(self, call: Call) -> None:
+        try:
+            self.rule_of(call.op)(self, call)
+        except Exception as error:
+            where = f"node {call.site.node!r} ({call.site.source})"
+            raise DempError(f"the rule of {call.op} failed at {where}: {error!r}") from error
 
     @contextmanager
     def silently(self) -> Iterator[None]:

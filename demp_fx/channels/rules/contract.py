@@ -213,7 +213,8 @@ def outputs_known(
     values = offset[candidates].expand(2, -1)
     if before is not None and bool(before.constant.any()):
         hot = before.constant.nonzero().reshape(-1)
-        taps = rows[:, hot.to(weight.device)].cpu().to(torch.float64).flatten(2).sum(2)
+        taps = rows[:, hot.to(weight.device)].cpu().to(torch.float64)
+        taps = taps.reshape(*taps.shape[:2], -1).sum(2)
         values = values + before.values[:, hot] @ taps.T
         if padded or bool((before.profile[hot] != 0).any()):
             fine = ~(rows[:, hot.to(weight.device)] != 0).flatten(1).any(1).cpu()
