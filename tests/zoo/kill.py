@@ -33,7 +33,7 @@ def kill_norms(
 
 @torch.no_grad()
 def kill_channels(model: nn.Module, dead: dict[str, Tensor], seed: int = 0) -> None:
-    """Zero scale and shift of the named channels of the named norms; redraw the rest of them all."""
+    """Zero scale and shift of the named channels of the named norms, and redraw all others."""
     rng = torch.Generator().manual_seed(seed)
     for name, norm in model.named_modules():
         if isinstance(norm, _BatchNorm):

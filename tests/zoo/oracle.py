@@ -4,23 +4,26 @@ The network is run in float64 on several inputs: two resolutions, eval and train
 every channel of every layer is looked at from both sides:
 
 1. *Known.* A channel of an input or output is known if it holds one and the same number at every
-   position of every sample, in every run. In another mode or at another resolution another number
-   (batch statistics; the border of a padded constant) is not known: no narrower module is right
-   in all of them.
+   position of every sample in every run of a mode, and so in both modes. The two numbers may
+   differ: batch statistics turn a constant into the norm's shift, running statistics do not. (What
+   the border of a padded constant leaves behind is no such number, and not counted.)
 2. *Heard.* A channel of an output is heard if the gradient of a random projection of the network's
    outputs with respect to it is not exactly zero, in some run.
 
-A channel is alive at an output if it is heard and not known; at an input if it is not known.
-What a layer needs at most is the weights between its alive inputs and outputs. A layer that works
-channel by channel (BatchNorm, depthwise convolution) needs those of its alive outputs.
+A channel is alive at an output if it is heard and not known; at an input if it is not known and
+some alive output reads it. What a layer needs at most is the weights between its alive inputs and
+outputs. A layer that works channel by channel (BatchNorm, depthwise convolution) needs those of
+its alive outputs.
 
 Chance must not pass for death: a ReLU may stay shut on every sample by accident. So, unless the
 question is what goes on *this data* (`observed`), what is not known is made arbitrary: the output
 of a layer is replaced by noise wherever it varies, its gradient passed straight through. Known
-numbers and exact zeros are all that travels unchanged.
+numbers and exact zeros are all that travels unchanged. On data only zeros count as known, which is
+the paper's death test.
 
-Where a constant that is not zero enters a layer with zero padding, one input channel has to stay
-to stand for all of them (a carrier): at the border they cannot be folded into a bias.
+Constants that are not zero fold into a bias, unless the layer pads with zeros (at the border they
+are missing) or they differ between the modes: then input channels have to stay to stand for all of
+them (carriers), as many as the constants have independent directions over the modes.
 """
 
 from __future__ import annotations
@@ -98,33 +101,43 @@ class _View:
             return kernels.numel() + shift * len(kernels)
         silent = self.inputs.zero if observed else self.inputs.known
         read = (kernels.transpose(0, 1).flatten(1) != 0).any(dim=1) & ~silent
-        needed = kernels[:, read].numel() + shift * len(kernels)
-        if _pads_with_zeros(layer) and bool((silent & ~self.inputs.zero).any()):
-            needed += kernels[:, 0].numel()  # the carrier
-        return needed
+        columns = int(read.sum()) + (0 if observed else self.inputs.carriers(_pads(layer)))
+        return columns * kernels[:, 0].numel() + shift * len(kernels)
 
 
 class _Known:
-    """Which channels of a tensor held one and the same number in every run, and which held 0."""
+    """Which channels of a tensor held one number in every run of a mode, and which number."""
 
     def __init__(self) -> None:
-        self.known: Tensor | None = None
-        self.value: Tensor | None = None
+        self.steady: list[Tensor] = []
+        self.first: dict[bool, Tensor] = {}  # by mode
 
-    def see(self, per_channel: Tensor) -> Tensor:
-        """Add a run's values, (channels, positions); which of them vary in this run."""
-        low, high = per_channel.amin(dim=1), per_channel.amax(dim=1)
-        varies = high - low > SAME * high.abs().clamp(min=1)
-        if self.known is None or self.value is None:
-            self.known, self.value = ~varies, low
-        else:
-            moved = (low - self.value).abs() > SAME * low.abs().clamp(min=1)
-            self.known = self.known & ~varies & ~moved
+    def see(self, channels: Tensor, train: bool) -> Tensor:
+        """Add a run's values, (channels, positions); which channels vary in this run."""
+        low, high = channels.amin(dim=1), channels.amax(dim=1)
+        near = SAME * high.abs().clamp(min=1)
+        first = self.first.setdefault(train, low)
+        varies = high - low > near
+        self.steady.append(~varies & ((low - first).abs() <= near))
         return varies
 
     @property
+    def known(self) -> Tensor:
+        return torch.stack(self.steady).all(dim=0)
+
+    @property
     def zero(self) -> Tensor:
-        return self.known & (self.value == 0)
+        return self.known & (self._numbers() == 0).all(dim=0)
+
+    def carriers(self, padded: bool) -> int:
+        """How many channels must stand for the constants that do not fold into a bias."""
+        constants = self._numbers()[:, self.known]
+        if padded:
+            return int(torch.linalg.matrix_rank(constants)) if constants.numel() else 0
+        return int(bool(((constants[0] - constants[1]).abs() > SAME).any()))
+
+    def _numbers(self) -> Tensor:
+        return torch.stack([self.first[False], self.first[True]])
 
 
 @contextmanager
@@ -142,10 +155,10 @@ def _watched(layers: dict[str, Layer], views: dict[str, _View], substitute: bool
 
 
 def _watcher(view: _View, substitute: bool) -> Callable[..., Tensor]:
-    def hook(_layer: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    def hook(layer: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
         axis = view.channel_axis
-        view.inputs.see(_channels_first(arguments[0].detach(), axis))
-        varies = view.outputs.see(_channels_first(result.detach(), axis))
+        view.inputs.see(_channels_first(arguments[0].detach(), axis), layer.training)
+        varies = view.outputs.see(_channels_first(result.detach(), axis), layer.training)
         result.register_hook(view.hear)
         if not substitute:
             return result.clone()  # an in-place activation after it must not touch what was heard
@@ -162,5 +175,5 @@ def _channels_first(x: Tensor, axis: int) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-def _pads_with_zeros(layer: Layer) -> bool:
+def _pads(layer: Layer) -> bool:
     return isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and any(layer.padding)
