@@ -22,7 +22,8 @@ def walk(
 ) -> Walk:
     """Walk over a traced module, on the shapes of its example inputs.
 
-    `observed`: what calibration saw, by node. `with_facts`: also find what is known of the channels.
+    `observed`: what calibration saw, by node. `with_facts`: also find out what is known of the
+    channels.
     Raises `UsageError` for a graph that is not from `demp_fx.trace`, and where its inputs do not
     run through it.
     """

@@ -214,7 +214,7 @@ def outputs_known(
     if before is not None and bool(before.constant.any()):
         hot = before.constant.nonzero().reshape(-1)
         taps = rows[:, hot.to(weight.device)].cpu().to(torch.float64)
-        taps = taps.reshape(*taps.shape[:2], -1).sum(2)
+        taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
         values = values + before.values[:, hot] @ taps.T
         if padded or bool((before.profile[hot] != 0).any()):
             fine = ~(rows[:, hot.to(weight.device)] != 0).flatten(1).any(1).cpu()
