@@ -14,6 +14,7 @@ import demp_fx
 from tests.zoo import oracle
 from tests.zoo.kill import kill_channels, kill_norms, never_fire, relative_error, without_chance
 from tests.zoo.networks import NETWORKS, WITH_AUXILIARY_HEADS, Network, build
+from tests.zoo.shim import torchvision
 
 EVAL_ERROR = 1e-10
 TRAIN_ERROR = 1e-9  # batch statistics of 1x1 maps amplify the last digit
@@ -62,7 +63,7 @@ def _assert_trains(narrow: nn.Module, x: Tensor) -> None:
 def test_half_of_the_channels_dead_are_cut_out_exactly(name: str, keep_shift: bool) -> None:
     network = NETWORKS[name]
     model = _half_dead(network, keep_shift)
-    bound = oracle.removable(model, [network.example(batch=8), network.fresh(batch=4)])
+    bound = oracle.removable(model, [network.example(batch=4), network.fresh(batch=2)])
 
     result = demp_fx.compile(model, network.example())
 
@@ -107,21 +108,31 @@ SILENT = {
 """Layers in front of a ReLU, by network."""
 
 
-@pytest.mark.parametrize("name", _cases(list(SILENT)))
-def test_what_never_fires_on_the_calibration_data_goes_too(name: str) -> None:
-    network = NETWORKS[name]
-    model = without_chance(build(network)).eval()
+def _with_silent_channels(name: str) -> nn.Module:
+    """Half of them never fire. All logits do (squeezenet1_1 has a ReLU behind them): they stay."""
+    model = without_chance(build(NETWORKS[name]))
     never_fire(model, SILENT[name], fraction=0.5, seed=0)
+    logits = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
+    nn.init.ones_(logits.bias)
+    return model
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["in-eval", "in-training"])
+@pytest.mark.parametrize("name", _cases(list(SILENT)))
+def test_what_never_fires_on_the_calibration_data_goes_too(name: str, train: bool) -> None:
+    network = NETWORKS[name]
+    model = _with_silent_channels(name).train(train)
     calibration = [network.example(batch=4) for _ in range(2)]
-    bound = oracle.removable(model, calibration, observed=True)
+    bound = oracle.removable(model, calibration, observed=True, in_training=train)
 
     result = demp_fx.compile(model, network.example(), calibration=calibration)
 
     for x in calibration:
         error = relative_error(_outputs(result.module, x, False), _outputs(model, x, False))
         assert error <= EVAL_ERROR
-        error = relative_error(_outputs(result.module, x, True), _outputs(model, x, True))
-        assert error <= TRAIN_ERROR
+        if train:  # batch statistics wake channels; for a model in eval mode nobody looked
+            error = relative_error(_outputs(result.module, x, True), _outputs(model, x, True))
+            assert error <= TRAIN_ERROR
     removed = _params(model) - _params(result.module)
     assert removed >= OF_THE_REMOVABLE * bound.removable
     assert result.report.dead_observed > 0
@@ -130,8 +141,7 @@ def test_what_never_fires_on_the_calibration_data_goes_too(name: str) -> None:
 @pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18"])
 def test_without_calibration_data_nothing_is_taken_for_dead(name: str) -> None:
     network = NETWORKS[name]
-    model = without_chance(build(network)).eval()
-    never_fire(model, SILENT[name], fraction=0.5, seed=0)
+    model = _with_silent_channels(name)
 
     result = demp_fx.compile(model, network.example())
 
@@ -176,7 +186,7 @@ def test_dropout_and_stochastic_depth_go_on() -> None:
     assert not torch.equal(_outputs(narrow, x, True), _outputs(narrow, x, True))
 
 
-@pytest.fixture(scope="module", params=["resnet18", "mobilenet_v2", "googlenet"])
+@pytest.fixture(scope="module", params=["resnet18", "mobilenet_v2"])
 def handed_out(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, Tensor]:
     """A narrow module (with gathers, scatters and carriers), an input, and what it should give."""
     network = NETWORKS[request.param]
@@ -206,13 +216,24 @@ def test_its_state_goes_round(handed_out: tuple[nn.Module, Tensor, Tensor]) -> N
     assert relative_error(blank(x), expected) <= EVAL_ERROR
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
-def test_torch_compile_runs_it(
-    handed_out: tuple[nn.Module, Tensor, Tensor], backend: str
-) -> None:
+def test_torch_compile_runs_it(handed_out: tuple[nn.Module, Tensor, Tensor]) -> None:
     narrow, x, expected = handed_out
     torch.compiler.reset()
-    compiled = torch.compile(narrow, backend=backend, fullgraph=True)
+    compiled = torch.compile(narrow, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(x), expected) <= EVAL_ERROR
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*jit.script_method.*:DeprecationWarning")  # torch's own
+def test_inductor_compiles_gathers_and_scatters() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet.BasicBlock(8, 8).double().eval()
+    kill_norms(model, fraction=0.5, seed=0, keep_shift=True)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    result = demp_fx.compile(model, x, cuts="always")
+    assert result.report.scatters > 0
+
+    torch.compiler.reset()
+    compiled = torch.compile(result.module, fullgraph=True)
+
+    assert relative_error(compiled(x), model(x)) <= EVAL_ERROR

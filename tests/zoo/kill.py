@@ -66,6 +66,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected magnitude."""
     if result.shape != expected.shape:
         raise AssertionError(f"shapes differ: {tuple(result.shape)}, {tuple(expected.shape)}")
+    result, expected = result.detach(), expected.detach()
     return float((result - expected).abs().max() / expected.abs().max())
 
 

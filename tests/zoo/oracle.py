@@ -56,8 +56,11 @@ class Bound:
         return self.total - sum(self.kept.values())
 
 
-def removable(model: nn.Module, inputs: list[Tensor], observed: bool = False) -> Bound:
-    """The bound for a float64 model, over these inputs in eval and train mode.
+def removable(
+    model: nn.Module, inputs: list[Tensor], observed: bool = False, in_training: bool = True
+) -> Bound:
+    """The bound for a float64 model, over these inputs in eval mode, and in train mode too unless
+    not `in_training`.
 
     With `observed` the inputs are the data that counts: what never fires on them is dead.
     """
@@ -65,7 +68,7 @@ def removable(model: nn.Module, inputs: list[Tensor], observed: bool = False) ->
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
     views = {name: _View(layer) for name, layer in layers.items()}
     torch.manual_seed(1)
-    for train in (False, True):
+    for train in (False, True) if in_training else (False,):
         for x in inputs:
             model.train(train)
             with _watched(layers, views, substitute=not observed):
@@ -134,10 +137,10 @@ class _Known:
         constants = self._numbers()[:, self.known]
         if padded:
             return int(torch.linalg.matrix_rank(constants)) if constants.numel() else 0
-        return int(bool(((constants[0] - constants[1]).abs() > SAME).any()))
+        return int(bool(((constants[0] - constants[-1]).abs() > SAME).any()))
 
     def _numbers(self) -> Tensor:
-        return torch.stack([self.first[False], self.first[True]])
+        return torch.stack(list(self.first.values()))
 
 
 @contextmanager
