@@ -30,10 +30,11 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     solution = solve(system, hard)
     while cuts == "pays":
         cost = _Costs(system, solution)
-        places: dict[str, list[Edge]] = defaultdict(list)
+        places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
         for edge in edges:
             if id(edge) not in hard and is_cut(solution, edge):
-                places[edge.consumer + ("+" + edge.producer if edge.sum else "")].append(edge)
+                alone = "" if edge.kind == "gather" else edge.producer
+                places[edge.consumer, alone].append(edge)
         closed = {
             id(e) for place in places.values() if sum(map(cost.gain, place)) <= 0 for e in place
         }
@@ -66,13 +67,15 @@ class _Costs:
         """Numbers saved by cutting here, less the numbers that the cut moves."""
         before, after = self.solution.kept(edge.source), self.solution.kept(edge.target)
         root, kept = self.solution.root, int(after.sum())
-        if not edge.sum:
-            saved = self.price[root[edge.target[before & ~after]]].sum()
-            return float(saved) - 2.0 * edge.elements * kept
         saved = self.price[root[edge.source[after & ~before]]].sum()
         saved += self.price[root[edge.target[before & ~after]]].sum()
-        moved = 3.0 * int((before & after).sum()) - kept
-        return float(saved) - max(moved, 0.0) * edge.elements
+        both = int((before & after).sum())
+        moved = 2.0 * both if bool((before & ~after).any()) else 0.0
+        if edge.kind == "sum":  # read and write the sum, read and write where it is added to
+            moved += max(3.0 * both - kept, 0.0)
+        elif both < kept:  # write everything, then read and write what is there
+            moved += kept + 2.0 * both
+        return float(saved) - moved * edge.elements
 
 
 def _weigh(root: Tensor, size: int, items: Iterable[tuple[Tensor, float]]) -> Tensor:

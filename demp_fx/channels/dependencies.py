@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.solve import Solution, components
+from demp_fx.channels.stream import STRUCTURE
 from demp_fx.channels.system import Read, System
-from demp_fx.channels.walk import STRUCTURE
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Group:
 @dataclass(frozen=True)
 class Link:
     """One group feeds another, at a node: by a contraction ("read"), or where the graph may be cut
-    ("sum": into a residual sum, "gather": in front of one of several readers)."""
+    ("sum": into a residual sum, "gather": in front of one of several readers, "spread": before
+    what turns dead channels into others)."""
 
     source: int
     target: int
@@ -127,7 +128,7 @@ class DependencyGraph:
             if isinstance(step, Read):
                 pairs = [(step.inputs, o, "read") for o in step.outputs]
             else:
-                pairs = [(step.source, step.target, "sum" if step.sum else "gather")]
+                pairs = [(step.source, step.target, step.kind)]
             for source, target, kind in pairs:
                 for a in self._of(source):
                     for b in self._of(target):

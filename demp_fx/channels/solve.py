@@ -94,9 +94,11 @@ def dead_at(read: Read, folds: dict[int, Facts]) -> Tensor:
 
 
 def droppable(edge: Edge) -> Tensor:
-    """Which channels an edge into a residual sum need not carry: zeros and steady constants."""
-    none = torch.zeros(edge.source.numel(), dtype=torch.bool)
-    return edge.facts.steady if edge.sum and edge.facts is not None else none
+    """Which channels an edge need not carry, because they can be supplied behind it: zeros, and
+    constants that are the same everywhere and in both modes."""
+    if edge.kind == "gather" or edge.facts is None:
+        return torch.zeros(edge.source.numel(), dtype=torch.bool)
+    return edge.facts.steady
 
 
 def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
@@ -153,11 +155,11 @@ def _propagate(steps: list[_Step], keep: Tensor) -> None:
 
 
 def _revive(solution: Solution) -> bool:
-    """Keep one channel of every axis: torch refuses layers of width zero. A branch that adds
-    nothing to a residual sum keeps one that the sum has."""
+    """Keep one channel of every axis: torch refuses layers of width zero. Where nothing
+    needs to cross an edge, one of the channels behind it does."""
     found = False
     for edge in solution.system.edges:
-        after = solution.kept(edge.target) if edge.sum else None
+        after = solution.kept(edge.target) if edge.kind != "gather" else None
         if after is None or bool((after & solution.kept(edge.source)).any()):
             continue
         if bool(after.any()):

@@ -93,8 +93,9 @@ class Read:
 class Edge:
     """A place where the graph may be cut: the channels before (`source`) and after (`target`).
 
-    `sum`: the target is a residual sum that this edge adds to, so the source may be narrower
-    where it is zero or constant (`index_add`). Otherwise only the target may be narrower (gather).
+    The target may be narrower: the rest is gathered. The source may be narrower where it is zero
+    or constant, if the edge leads into a residual sum ("sum": the source is added where it
+    belongs) or what follows turns zeros into something else ("spread": they are put back first).
     `elements`: how many numbers one channel holds here.
     """
 
@@ -104,7 +105,7 @@ class Edge:
     source: Tensor
     target: Tensor
     facts: Facts | None
-    sum: bool
+    kind: str
     elements: int
     site: Site
 
@@ -115,6 +116,9 @@ class Traffic:
 
     atoms: Tensor
     elements: int
+
+
+Mark = tuple[int, int, int, int, int]
 
 
 @dataclass
@@ -149,6 +153,19 @@ class System:
         """Tie two label tensors of one shape; where one has no atom, the other one is pinned."""
         if a is not b:
             self.sames.append(Same(a.reshape(-1), b.reshape(-1), site))
+
+    def mark(self) -> Mark:
+        """How much has been recorded so far."""
+        return len(self.sames), len(self.pins), len(self.flow), len(self.traffic), self.macs
+
+    def since(self, mark: Mark) -> list[Read | Edge]:
+        """The reads and edges recorded after a mark."""
+        return self.flow[mark[2] :]
+
+    def forget(self, mark: Mark) -> None:
+        """Drop what was recorded after a mark; atoms that were given out stay."""
+        sames, pins, flow, traffic, self.macs = mark
+        del self.sames[sames:], self.pins[pins:], self.flow[flow:], self.traffic[traffic:]
 
     def close(self) -> None:
         """Join all that was tied; where one side has no atom, pin the other one instead."""

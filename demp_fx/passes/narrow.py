@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from demp_fx.errors import UsageError
 from demp_fx.passes.layers import sizes
-from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Sum
+from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Spread, Sum
 from demp_fx.tracing.module import TracedModule, assemble
 
 
@@ -152,6 +152,12 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
         _set(named[literal.node], literal)
     for gather in plan.gathers:
         _gather(new, gather, named, constants, shared)
+    for spread in plan.spreads:
+        producer, consumer = named[spread.producer], named[spread.consumer]
+        chain = [n for n in consumer.all_input_nodes if n is producer or producer in n.args]
+        with new.inserting_before(consumer):
+            put = _spread(new, chain[0], spread, constants, consumer.name)
+        consumer.replace_input_with(chain[0], put)
     for total in plan.sums:
         _sum(new, total, named, constants)
     new.lint()
@@ -229,22 +235,20 @@ def _gather(
 def _sum(graph: fx.Graph, total: Sum, named: dict[str, fx.Node], constants: _Constants) -> None:
     """`left + right` where one or both have fewer channels: scatter the narrow one into the other.
 
-    Where neither has all, a channel of zeros is appended to the wider one and picked from.
+    Where neither has all, the wider one is spread out first.
     """
     node = named[total.node]
-    left, right = node.args[:2]
+    left: Any = node.args[0]
+    right: Any = node.args[1]
     base, base_at, other, other_at = left, total.left, right, total.right
     if base_at is not None and (other_at is None or len(other_at) > len(base_at)):
         base, base_at, other, other_at = right, total.right, left, total.left
     with graph.inserting_before(node):
         if base_at is not None:
-            place = {channel: k for k, channel in enumerate(base_at)}
-            picks = [place.get(c, len(base_at)) for c in range(total.size)]
-            amounts = [0, 0] * (total.rank - 1 - total.dim) + [0, 1]
-            base = graph.call_function(torch.nn.functional.pad, (base, amounts))
-            index = constants.add(graph, f"{total.node}_spread", picks, [-1])
-            base = graph.call_function(torch.index_select, (base, total.dim, index))
-        if total.shift is not None:
+            wide = Spread(producer="", consumer=total.node, dim=total.dim, rank=total.rank,
+                          size=total.size, places=base_at, shift=total.shift)  # fmt: skip
+            base = _spread(graph, base, wide, constants, total.node)
+        elif total.shift is not None:
             shape = [1] * total.rank
             shape[total.dim] = -1
             shift = constants.add(graph, f"{total.node}_shift", total.shift, shape)
@@ -257,3 +261,18 @@ def _sum(graph: fx.Graph, total: Sum, named: dict[str, fx.Node], constants: _Con
         result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _spread(
+    graph: fx.Graph, narrow: fx.Node, spread: Spread, constants: _Constants, name: str
+) -> fx.Node:
+    """Channels at their places among zeros or constants: one is blown up, the others copied in."""
+    shape = [1] * spread.rank
+    shape[spread.dim] = -1
+    values = spread.shift if spread.shift is not None else [0.0] * spread.size
+    shift = constants.add(graph, f"{name}_shift", values, shape)
+    index = constants.add(graph, f"{name}_places", spread.places, [-1])
+    one = graph.call_function(torch.narrow, (narrow, spread.dim, 0, 1))
+    blank = graph.call_function(torch.zeros_like, (one,))
+    full = graph.call_function(torch.add, (blank, shift))
+    return graph.call_function(torch.index_copy, (full, spread.dim, index, narrow))

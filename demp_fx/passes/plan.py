@@ -22,6 +22,21 @@ class Gather(_Data):
     index: list[int]
 
 
+class Spread(_Data):
+    """Between `producer` and `consumer`, channels that are zero or constant are put back.
+
+    `places`: where the producer's channels go among `size`; `shift`: the constants, zero elsewhere.
+    """
+
+    producer: str
+    consumer: str
+    dim: int
+    rank: int
+    size: int
+    places: list[int]
+    shift: list[float] | None
+
+
 class Sum(_Data):
     """A residual sum of operands that carry different channels.
 
@@ -83,6 +98,7 @@ class PruningPlan(_Data):
     literals: list[Literal] = []
     gathers: list[Gather] = []
     sums: list[Sum] = []
+    spreads: list[Spread] = []
     folds: list[Folding] = []
     shapes: dict[str, list[int]] = {}
 

@@ -13,7 +13,7 @@ from demp_fx.channels.labels import varying
 from demp_fx.channels.solve import Solution, by_bias, foldable, independent
 from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.walk import SIZES, Walk
-from demp_fx.passes.plan import Folding, Gather, PruningPlan, Sum
+from demp_fx.passes.plan import Folding, Gather, PruningPlan, Spread, Sum
 from demp_fx.passes.resize import Masks, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars
 
@@ -83,14 +83,17 @@ class _Planner:
             want = kept(edge.target)
             into[edge.consumer].append(edge)
             wanted[edge.producer, edge.consumer, edge.dim] = (
-                want & kept(edge.source) if edge.sum else want
+                want & kept(edge.source) if edge.kind != "gather" else want
             )
         layouts: dict[tuple[str, int], Tensor] = {}
         for node in self.walk.env:
             for edge in into.get(node.name, ()):
                 layouts.setdefault((edge.producer, edge.dim), kept(edge.source))
             self._join(node, into.get(node.name, []), layouts, wanted)
-            operands = [e for e in into.get(node.name, ()) if e.sum]
+            for edge in into.get(node.name, ()):
+                if edge.kind == "spread":
+                    plan.spreads += self._spread(node, edge)
+            operands = [e for e in into.get(node.name, ()) if e.kind == "sum"]
             if len(operands) == 2:
                 plan.sums += self._sum(node, operands)
         for (producer, consumer, dim), want in wanted.items():
@@ -125,6 +128,26 @@ class _Planner:
         for user in node.users:
             if user.target not in SIZES:
                 wanted.setdefault((node.name, user.name, dim), own)
+
+    def _spread(self, node: fx.Node, edge: Edge) -> list[Spread]:
+        """Zeros and constants that are put back in front of a node."""
+        after = self.solution.kept(edge.target)
+        own = self.solution.kept(edge.source)[after]
+        if bool(own.all()) or edge.facts is None:
+            return []
+        shift = torch.where(own, 0.0, edge.facts.values[0][after])
+        return [
+            Spread(
+                producer=edge.producer, consumer=node.name, dim=edge.dim,
+                rank=self.rank_of(edge.producer), size=own.numel(), places=_indices(own),
+                shift=shift.tolist() if bool((shift != 0).any()) else None,
+            )
+        ]  # fmt: skip
+
+    def rank_of(self, name: str) -> int:
+        """How many dims the value of a node has."""
+        value = next(v for n, v in self.walk.env.items() if n.name == name)
+        return len(value.shape)
 
     def _sum(self, node: fx.Node, operands: list[Edge]) -> list[Sum]:
         """A residual sum of operands that no longer carry the same channels."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from demp_fx.channels.rules import contract, couple, move, norm, pointwise
-from demp_fx.channels.walk import Call, Rule, Shape, Walk
+from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.value import Call
 
 RULES: dict[str, Rule] = {
     **move.RULES,
@@ -33,7 +34,7 @@ def rule_of(op: torch._ops.OpOverload) -> Rule:
     return opaque
 
 
-def opaque(walk: Walk, call: Call) -> None:
+def opaque(walk: Stream, call: Call) -> None:
     """An op that has no row: everything it touches stays as it is, and the report says so."""
     for tensor in call.tensors:
         for label in walk.value(tensor).labels:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import along, moved, varying
+from demp_fx.channels.stream import STRUCTURE, Rule, Stream
 from demp_fx.channels.system import Fold, Read
-from demp_fx.channels.walk import STRUCTURE, Call, Rule, Walk
+from demp_fx.channels.value import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,12 @@ class Operand:
     tensor: Tensor
     letters: str
 
-    def labels(self, walk: Walk, letter: str) -> list[Tensor]:
+    def labels(self, walk: Stream, letter: str) -> list[Tensor]:
         """Its labels that vary on a letter's dim."""
         d = self.letters.find(letter)
         return [label for label in walk.value(self.tensor).labels if d in varying(label)]
 
-    def single(self, walk: Walk, letter: str) -> Tensor | None:
+    def single(self, walk: Stream, letter: str) -> Tensor | None:
         """Its one label on a letter, where that label varies nowhere else (1-D)."""
         found = self.labels(walk, letter)
         if len(found) == 1 and len(varying(found[0])) == 1:
@@ -40,7 +41,7 @@ def contract(equation: str, bias: str | None = None) -> Rule:
     """The rule of a contraction of two operands; `bias` names the argument added to the result."""
     left, right, result = equation.replace("->", ",").split(",")
 
-    def rule(walk: Walk, call: Call) -> None:
+    def rule(walk: Stream, call: Call) -> None:
         tensors = [t for t in call.tensors if bias is None or t is not call.arg(bias)]
         a, b = Operand(tensors[0], left), Operand(tensors[1], right)
         meet(walk, call, a, b, result, call.arg(bias) if bias is not None else None)
@@ -49,7 +50,7 @@ def contract(equation: str, bias: str | None = None) -> Rule:
 
 
 def meet(
-    walk: Walk, call: Call, a: Operand, b: Operand, result: str, bias: Tensor | None,
+    walk: Stream, call: Call, a: Operand, b: Operand, result: str, bias: Tensor | None,
     padded: bool = False, macs: int = 0,
 ) -> None:  # fmt: skip
     """Contract `a` (data) with `b` (weights, or more data) into the call's result.
@@ -84,7 +85,7 @@ def meet(
     walk.give(out, tuple(labels.values()), facts)
 
 
-def _shared(walk: Walk, call: Call, a: Operand, b: Operand, letter: str) -> None:
+def _shared(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -> None:
     """A batch letter: both operands must have its channels, or neither may lose any."""
     for one, other in ((a, b), (b, a)):
         if one.labels(walk, letter) and not other.labels(walk, letter):
@@ -93,7 +94,7 @@ def _shared(walk: Walk, call: Call, a: Operand, b: Operand, letter: str) -> None
 
 
 def _bias(
-    walk: Walk, call: Call, labels: dict[tuple[int, ...], Tensor], bias: Tensor, out: Tensor
+    walk: Stream, call: Call, labels: dict[tuple[int, ...], Tensor], bias: Tensor, out: Tensor
 ) -> None:
     rank, d = out.dim(), 1 if call.op._schema.name == "aten::convolution" else out.dim() - 1
     for label in walk.value(bias).labels:
@@ -105,7 +106,7 @@ def _bias(
 
 
 def _read(
-    walk: Walk, call: Call, a: Operand, b: Operand, letter: str, outputs: tuple[Tensor, ...],
+    walk: Stream, call: Call, a: Operand, b: Operand, letter: str, outputs: tuple[Tensor, ...],
     bias: Tensor | None, padded: bool, macs: int,
 ) -> Read | None:  # fmt: skip
     """The summed letter: both operands' channels are one, and the result needs those not dead."""
@@ -134,7 +135,7 @@ def _read(
     return read
 
 
-def _name(walk: Walk, tensor: Tensor | None) -> str | None:
+def _name(walk: Stream, tensor: Tensor | None) -> str | None:
     if tensor is None:
         return None
     labels = walk.value(tensor).labels
@@ -163,7 +164,7 @@ def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
 
 
 def _constants(
-    walk: Walk, a: Operand, b: Operand, result: str, bias: Tensor | None, padded: bool,
+    walk: Stream, a: Operand, b: Operand, result: str, bias: Tensor | None, padded: bool,
     read: Read | None,
 ) -> Facts | None:  # fmt: skip
     """Outputs that depend on constants only: their weights on every unknown input are zero."""
@@ -183,7 +184,7 @@ def _constants(
     return None if facts is None else facts.spread(len(result), result.find(kept))
 
 
-def _offset(walk: Walk, bias: Tensor | None, size: int) -> Tensor | None:
+def _offset(walk: Stream, bias: Tensor | None, size: int) -> Tensor | None:
     if bias is None:
         return torch.zeros(size, dtype=torch.float64)
     facts = walk.value(bias).facts
@@ -226,7 +227,7 @@ def outputs_known(
     return Facts.of(result, full)
 
 
-def convolution(walk: Walk, call: Call) -> None:
+def convolution(walk: Stream, call: Call) -> None:
     """bi*,oi*->bo*; depthwise it is elementwise on its channels, otherwise grouped it is pinned."""
     x, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
@@ -252,7 +253,7 @@ def convolution(walk: Walk, call: Call) -> None:
         grouped(walk, call)
 
 
-def depthwise(walk: Walk, call: Call) -> None:
+def depthwise(walk: Stream, call: Call) -> None:
     """Channel c makes outputs c * m ... c * m + m - 1, and nothing else does."""
     x, weight, bias = call.args[:3]
     out = call.outputs[0]
@@ -294,7 +295,7 @@ def _channelwise(
     return Facts.of(known, values)
 
 
-def grouped(walk: Walk, call: Call) -> None:
+def grouped(walk: Stream, call: Call) -> None:
     """Groups must stay equal in size: their channels are kept."""
     walk.system.macs += call.outputs[0].numel() * (call.args[1].numel() // call.args[1].size(0))
     for t in call.tensors:

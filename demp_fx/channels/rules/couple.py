@@ -9,7 +9,8 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
-from demp_fx.channels.walk import Call, Rule, Walk
+from demp_fx.channels.stream import Rule, Stream
+from demp_fx.channels.value import Call
 
 Dims = Callable[[Call, int], list[int]]
 
@@ -35,7 +36,7 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
     nothing is known any more.
     """
 
-    def rule(walk: Walk, call: Call) -> None:
+    def rule(walk: Stream, call: Call) -> None:
         x = call.tensors[0]
         rank = x.dim()
         dims = dims_of(call, rank)
@@ -59,7 +60,7 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
 
 
 def _constants(
-    walk: Walk, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int],
+    walk: Stream, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int],
     out: Tensor,
 ) -> Facts | None:  # fmt: skip
     if facts is None or keeps is None or not out.is_floating_point():
@@ -87,7 +88,7 @@ def _uneven(call: Call) -> bool:
     return any(p != 0 for p in padding) and bool(call.arg("count_include_pad"))
 
 
-def embedding(walk: Walk, call: Call) -> None:
+def embedding(walk: Stream, call: Call) -> None:
     """Rows are picked by data: they stay. Columns are the channels of the result."""
     weight, out = call.args[0], call.outputs[0]
     labels = []

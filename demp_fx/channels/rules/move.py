@@ -14,7 +14,8 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, varying
-from demp_fx.channels.walk import Call, Rule, Walk
+from demp_fx.channels.stream import Rule, Stream
+from demp_fx.channels.value import Call
 
 # Run on labels, these would refuse strides of 0.
 SUBSTITUTE: dict[str, Callable[..., Tensor]] = {
@@ -30,7 +31,7 @@ SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select"
           "aten::unbind", "aten::chunk"}  # fmt: skip
 
 
-def move(walk: Walk, call: Call) -> None:
+def move(walk: Stream, call: Call) -> None:
     """The labels of the result are the op applied to the labels of the operand."""
     tensor = call.tensors[0]
     value = walk.value(tensor)
@@ -121,7 +122,7 @@ def _real(call: Call, data: Tensor) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def cat(walk: Walk, call: Call) -> None:
+def cat(walk: Stream, call: Call) -> None:
     """Join labels along the dim of the join; a piece without any leaves its places bare (0)."""
     tensors, out = call.tensors, call.outputs[0]
     tensors = [t for t in tensors if t.dim() == out.dim()]
@@ -144,7 +145,7 @@ def cat(walk: Walk, call: Call) -> None:
     walk.give(out, tuple(labels), facts)
 
 
-def _piece(walk: Walk, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
+def _piece(walk: Stream, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
     for label in walk.value(tensor).labels:
         if varying(label) == key:
             return label
@@ -161,7 +162,7 @@ def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
     return torch.cat(full, dim)
 
 
-def _joined_facts(walk: Walk, tensors: list[Tensor], dim: int) -> Facts | None:
+def _joined_facts(walk: Stream, tensors: list[Tensor], dim: int) -> Facts | None:
     found = [walk.value(t).facts for t in tensors]
     if all(f is None for f in found):
         return None
@@ -177,7 +178,7 @@ def _joined_facts(walk: Walk, tensors: list[Tensor], dim: int) -> Facts | None:
     return Facts(join(lambda f: f.known), values, join(lambda f: f.profile))
 
 
-def pad(walk: Walk, call: Call) -> None:
+def pad(walk: Stream, call: Call) -> None:
     """Padding of dims without channels leaves labels alone; other channels would be new ones."""
     x, out = call.args[0], call.outputs[0]
     amounts: list[int] = call.args[1]
@@ -205,7 +206,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def _refuse(walk: Walk, call: Call) -> None:
+def _refuse(walk: Stream, call: Call) -> None:
     for label in walk.value(call.tensors[0]).labels:
         walk.pin(call, label, "as_strided looks through the memory")
     walk.give(call.outputs[0], ())

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, moved, varying
-from demp_fx.channels.walk import Call, Rule, Shape, Walk
+from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
 
 
-def batch_norm(walk: Walk, call: Call) -> None:
+def batch_norm(walk: Stream, call: Call) -> None:
     """Tie scale, shift and running statistics to dim 1 of the input."""
     x, out = call.args[0], call.outputs[0]
     rank = x.dim()
@@ -40,7 +41,7 @@ def _parameters(call: Call) -> list[Tensor | None]:
     return [call.arg(name) for name in ("weight", "bias", "running_mean", "running_var")]
 
 
-def _constants(walk: Walk, call: Call) -> Facts | None:
+def _constants(walk: Stream, call: Call) -> Facts | None:
     """A scale of zero leaves the shift; a constant becomes its image under the running statistics
     in eval mode, and the shift alone in train mode (its deviation from the batch mean is zero)."""
     x = call.args[0]
@@ -68,7 +69,7 @@ def _constants(walk: Walk, call: Call) -> Facts | None:
     return Facts.of(known, torch.stack([in_eval, shift]))
 
 
-def _numbers(walk: Walk, tensor: Tensor) -> Tensor | None:
+def _numbers(walk: Stream, tensor: Tensor) -> Tensor | None:
     """The numbers of a vector, where they are known."""
     value = walk.value(tensor)
     if value.data is not None:
@@ -77,7 +78,7 @@ def _numbers(walk: Walk, tensor: Tensor) -> Tensor | None:
     return None if facts is None or not bool(facts.known.all()) else facts.values[0].reshape(-1)
 
 
-def spread(walk: Walk, call: Call) -> None:
+def spread(walk: Stream, call: Call) -> None:
     """A norm over dims that hold no channels: labels pass where they do not vary there."""
     x, out = call.args[0], call.outputs[0]
     dims = range(x.dim() - len(call.args[1]), x.dim())

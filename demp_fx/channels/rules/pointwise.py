@@ -9,7 +9,8 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
-from demp_fx.channels.walk import Call, Rule, Shape, Walk
+from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
 
@@ -26,7 +27,7 @@ LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_l
         "aten::bernoulli.p", "aten::fill_", "aten::zero_"}  # fmt: skip
 
 
-def pointwise(walk: Walk, call: Call) -> None:
+def pointwise(walk: Stream, call: Call) -> None:
     """Unify the labels of all tensor operands; constants go through the op itself."""
     out = call.outputs[0]
     labels = aligned(walk, call, out)
@@ -37,7 +38,7 @@ def pointwise(walk: Walk, call: Call) -> None:
         walk.give(other, labels if other.shape == out.shape else (), facts)
 
 
-def aligned(walk: Walk, call: Call, out: Tensor) -> Labels:
+def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     """The labels of the result of an elementwise op, every operand's tied to them."""
     rank = out.dim()
     operands = [(t, walk.value(t).labels) for t in call.tensors]
@@ -62,7 +63,7 @@ def aligned(walk: Walk, call: Call, out: Tensor) -> Labels:
     return tuple(merged.values())
 
 
-def constants(walk: Walk, call: Call, out: Tensor) -> Facts | None:
+def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """Run the op on what is known of its operands (a product with a known zero is zero)."""
     if not out.is_floating_point():
         return None
@@ -121,13 +122,13 @@ def _run(call: Call, values: list[Tensor]) -> Tensor:
     return first.to(torch.float64)
 
 
-def copy(walk: Walk, call: Call) -> None:
+def copy(walk: Stream, call: Call) -> None:
     """The result is the operand."""
     value = walk.value(call.tensors[0])
     walk.give(call.outputs[0], value.labels, value.facts, value.data)
 
 
-def like(walk: Walk, call: Call) -> None:
+def like(walk: Stream, call: Call) -> None:
     """The result has the operand's channels and numbers of its own."""
     walk.give(call.outputs[0], walk.value(call.tensors[0]).labels)
 

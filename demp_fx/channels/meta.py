@@ -1,0 +1,101 @@
+"""Meta twins: run a module on shapes alone, and for real where an op has no shape-only form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from demp_fx.errors import UsageError
+
+
+def on_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The shapes of a result that has no meta kernel: run for real, on zeros."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t, (args, kwargs)
+    )
+    return as_meta(function(*args, **kwargs))
+
+
+def as_meta(value: Any) -> Any:
+    return pytree.tree_map_only(
+        Tensor, lambda t: t if t.is_meta else torch.empty_like(t, device="meta"), value
+    )
+
+
+def placeholder(node: fx.Node, feed: Iterator[Any], kwargs: dict[str, Any]) -> Any:
+    if str(node.target) in kwargs:
+        return kwargs[str(node.target)]
+    try:
+        return next(feed)
+    except StopIteration:
+        if node.args:
+            return node.args[0]
+        raise UsageError(f"the example inputs have no value for {node.target!r}") from None
+
+
+Twins = tuple[dict[int, tuple[str, Tensor]], Callable[[], AbstractContextManager[None]]]
+
+
+@contextmanager
+def on_meta(graph: fx.GraphModule) -> Iterator[Twins]:
+    """Swap every parameter and buffer for a meta twin, and all modules to eval mode, meanwhile.
+
+    Yields id(twin) -> (name, real tensor), and a context in which the real ones are back. Twins of
+    tied tensors are one, under the first name.
+    """
+    twins: dict[int, Tensor] = {}
+    names: dict[int, tuple[str, Tensor]] = {}
+    modules = list(graph.named_modules())
+    saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for _, m in modules]
+
+    def restore() -> None:
+        for module, parameters, buffers, _ in saved:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+    def swap() -> None:
+        for prefix, module in modules:
+            _swap(prefix, module, twins, names)
+
+    @contextmanager
+    def real() -> Iterator[None]:
+        restore()
+        try:
+            yield
+        finally:
+            swap()
+
+    try:
+        swap()
+        for _, module in modules:
+            module.training = False
+        yield names, real
+    finally:
+        restore()
+        for module, _, _, training in saved:
+            module.training = training
+
+
+def _swap(
+    prefix: str,
+    module: nn.Module,
+    twins: dict[int, Tensor],
+    names: dict[int, tuple[str, Tensor]],
+) -> None:
+    for table in (module._parameters, module._buffers):
+        for key, real in table.items():
+            if real is None:
+                continue
+            twin = twins.get(id(real))
+            if twin is None:
+                twin = torch.empty_strided(
+                    real.shape, real.stride(), dtype=real.dtype, device="meta"
+                )
+                twins[id(real)] = twin
+                names[id(twin)] = (f"{prefix}.{key}" if prefix else key, real)
+            table[key] = twin  # type: ignore[assignment]

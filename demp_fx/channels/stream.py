@@ -1,0 +1,152 @@
+"""The stream of ATen ops under a network: each runs on meta tensors and says what it couples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import Labels, along, varying
+from demp_fx.channels.meta import as_meta, on_zeros
+from demp_fx.channels.system import Axis, Site, System, Traffic
+from demp_fx.channels.value import Call, Value
+from demp_fx.errors import DempError
+
+STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
+
+Rule = Callable[["Stream", Call], None]
+Shape = Callable[[tuple[Any, ...]], Any]
+
+
+class Stream(TorchDispatchMode):
+    """While active, every ATen op goes through its rule, which records constraints in `system`.
+
+    `rule_of` gives the rule of an op, `shapes` shortcuts past slow meta kernels. `with_facts`: also
+    find out what is known of the channels.
+    """
+
+    def __init__(
+        self,
+        rule_of: Callable[[torch._ops.OpOverload], Rule],
+        shapes: Mapping[Any, Shape],
+        with_facts: bool = True,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rule_of, self.shapes, self.with_facts = rule_of, shapes, with_facts
+        self.system = System()
+        self.params: dict[str, Value] = {}
+        self.activations: dict[str, int] = {}
+        self.site = Site("", "")
+        self.names: dict[int, tuple[str, Tensor]] = {}
+        self.versions: dict[int, int] = {}
+        self.quiet = False
+        self.profiles = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        shape = self.shapes.get(func)
+        try:
+            out = func(*args, **kwargs) if shape is None else shape(args)
+        except NotImplementedError:
+            out = on_zeros(func, args, kwargs)
+        except RuntimeError:  # a tensor that the model's code made of its own
+            args, kwargs = as_meta((args, kwargs))
+            out = func(*args, **kwargs)
+        if self.quiet:
+            return out
+        site = Site(str(func), self.site.node, self.site.source)
+        call = Call(func, args, kwargs, out, site)
+        if torch.Tag.inplace in func.tags:
+            storage = args[0].untyped_storage()._cdata
+            self.versions[storage] = self.versions.get(storage, 0) + 1
+        for tensor in call.tensors:
+            value = self.value(tensor)
+            if value.labels or value.known is not None:
+                self._apply(call)
+                break
+        return out
+
+    def _apply(self, call: Call) -> None:
+        try:
+            self.rule_of(call.op)(self, call)
+        except Exception as error:
+            where = f"node {call.site.node!r} ({call.site.source})"
+            raise DempError(f"the rule of {call.op} failed at {where}: {error!r}") from error
+
+    @contextmanager
+    def silently(self) -> Iterator[None]:
+        """Run ops that are the walk's own, not the network's."""
+        before, self.quiet = self.quiet, True
+        try:
+            yield
+        finally:
+            self.quiet = before
+
+    # -- what rules use -------------------------------------------------------------------------
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; a parameter gets its atoms when it is first met."""
+        value = tensor.__dict__.get("demp")
+        if value is None:
+            value = Value(version=self.version(tensor))
+            known = self.names.get(id(tensor))
+            if known is not None:
+                value = self._parameter(tensor, *known)
+            tensor.__dict__["demp"] = value
+        return value
+
+    def _parameter(self, tensor: Tensor, name: str, real: Tensor) -> Value:
+        rank = tensor.dim()
+        labels = tuple(
+            along(self.system.fresh(name, d, n).atoms, rank, d)
+            for d, n in enumerate(tensor.shape)
+            if n > 1
+        )
+        vector = self.with_facts and rank == 1 and real.is_floating_point() and not real.is_meta
+        value = self.params[name] = Value(labels, None, real.detach(), 0, vector)
+        return value
+
+    def give(
+        self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,
+        moved: bool = False,
+    ) -> None:  # fmt: skip
+        """Set what is known of an op's result; `moved`: it is a view, and writes nothing."""
+        out.__dict__["demp"] = Value(labels, facts, data, self.version(out))
+        if not moved and data is None:
+            for label in labels:
+                if label.numel() and len(varying(label)) == 1:
+                    elements = out.numel() // label.numel()
+                    self.system.traffic.append(Traffic(label.reshape(-1), elements))
+
+    def pin(self, call: Call, label: Tensor, reason: str) -> None:
+        """Keep the atoms of a label, because of this call."""
+        self.system.pin(label, reason, call.site)
+
+    def profile(self) -> int:
+        """The number of a new spatial map."""
+        self.profiles += 1
+        return self.profiles
+
+    def axis_of(self, label: Tensor) -> Axis | None:
+        """The axis whose atoms a label carries, all of them in order, if there is one."""
+        flat = label.reshape(-1)
+        if flat.numel() == 0:
+            return None
+        axes = self.system.axes
+        first, lo, hi = int(flat[0]), 0, len(axes)
+        while lo < hi:
+            mid = (lo + hi) // 2
+            lo, hi = (mid + 1, hi) if axes[mid].stop <= first else (lo, mid)
+        if lo == len(axes) or axes[lo].start != first or axes[lo].size != flat.numel():
+            return None
+        return axes[lo] if torch.equal(flat, axes[lo].atoms) else None
+
+    def version(self, tensor: Tensor) -> int:
+        return self.versions.get(tensor.untyped_storage()._cdata, 0) if self.versions else 0
