@@ -89,10 +89,9 @@ class Walk(Stream):
         if node.op == "call_module" and str(node.target) in self.opaque:
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs)
+        start, versions = self.system.mark(), dict(self.versions)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
-        start = self.system.mark()
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
-        versions = dict(self.versions)
         out = self._call(node, entered)
         lost = self._lost(start, before, out) if self.with_facts else []
         if lost and (self.versions == versions or all(len(n.users) == 1 for n in lost)):
@@ -100,8 +99,7 @@ class Walk(Stream):
             self.versions = versions
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
-            for n in lost:
-                entered[n] = self._cut(n, node, entered[n], before[n], "spread")
+            entered = {n: self._enter(n, node, n in lost) for n in node.all_input_nodes}
             out = self._call(node, entered)
         if node.name in self.observed and isinstance(out, Tensor) and out.dim() > 1:
             dim, seen = self.observed[node.name]
@@ -149,11 +147,12 @@ class Walk(Stream):
 
     # -- places to cut --------------------------------------------------------------------------
 
-    def _enter(self, n: fx.Node, user: fx.Node) -> Any:
+    def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
 
         That is: in a residual sum; before one reader of several; and further down such a branch,
-        wherever its values have become smaller (behind a pooling, say), so that a cut costs less.
+        wherever its values have become smaller (behind a pooling, say), so that a cut costs less;
+        and where zeros can be put back (`spread`).
         """
         tensor = self.env[n]
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or user.target in SIZES:
@@ -166,6 +165,8 @@ class Walk(Stream):
             return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum")
+        if spread:
+            return self._cut(n, user, tensor, value, "spread")
         if len(n.users) > 1 or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
         return tensor
@@ -204,7 +205,9 @@ class Walk(Stream):
     def _lost(self, start: Mark, before: Mapping[fx.Node, Value], out: Any) -> list[fx.Node]:
         """Inputs with channels that could be supplied from nowhere (zeros, constants), which the
         node has turned into something that cannot: the last place to supply them is before it."""
-        if not isinstance(out, Tensor):
+        if not isinstance(out, Tensor) or any(
+            isinstance(s, Edge) and s.kind == "sum" for s in self.system.since(start)
+        ):
             return []
         reads = {s.inputs.data_ptr() for s in self.system.since(start) if isinstance(s, Read)}
         result, found = self.value(out), []

@@ -44,6 +44,7 @@ def make_plan(
 
 def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
     """Solve and plan; where a node's code does not take its new sizes, pin it and start over."""
+    pinned: set[fx.Node] = set()
     while True:
         solution = decide(walked.system, cuts)
         plan = plan_of(walked, solution)
@@ -55,6 +56,9 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
             misfit = _original(graph, refusal.node)
         if misfit is None:
             return Planned(plan, module, solution, walked, after)
+        if misfit in pinned:
+            raise DempError(f"the plan does not fit node {misfit.name!r}, whatever is kept there")
+        pinned.add(misfit)
         _pin(walked, misfit)
 
 
