@@ -21,6 +21,8 @@ Cuts = Literal["pays", "always", "never"]
 # Multiplications in the time of moving one number: about ten on a CPU core and over a hundred with
 # tensor cores; low values cut less.
 MACS_PER_NUMBER = 32
+# A weight is read forward and backward, and its gradient is written.
+MOVES_PER_WEIGHT = 3
 
 
 def decide(system: System, cuts: Cuts = "pays") -> Solution:
@@ -58,7 +60,7 @@ class _Costs:
         moved = [(t.atoms, 2.0 * t.elements) for t in system.traffic]
         worked: list[tuple[Tensor, float]] = []
         for read in system.reads:
-            work = read.macs / MACS_PER_NUMBER
+            work = read.macs / MACS_PER_NUMBER + read.weights * MOVES_PER_WEIGHT
             worked += [(s, work / max(1, s.numel())) for s in (read.inputs, *read.outputs)]
         self.solution = solution
         self.price = _weigh(root, size, moved + worked)

@@ -77,7 +77,8 @@ class Read:
     """A contraction: whoever computes any of `outputs` needs every input that is not dead.
 
     `outputs` holds one atom tensor for each label of the result; the read happens while each has a
-    survivor. `silent`: inputs whose weights are all zero.
+    survivor. `silent`: inputs whose weights are all zero. `macs` and `weights`: how many
+    multiplications and parameters it has in all.
     """
 
     inputs: Tensor
@@ -86,6 +87,7 @@ class Read:
     silent: Tensor | None
     fold: Fold | None
     macs: int
+    weights: int
     site: Site
 
 

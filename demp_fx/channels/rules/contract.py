@@ -130,7 +130,8 @@ def _read(
         if axis is not None and axis.owner in walk.params and weight is not None:
             fold = Fold(axis.owner, axis.dim, _name(walk, bias), padded)
     found = tuple(label.reshape(-1) for label in outputs)
-    read = Read(one, found, facts, silent, fold, macs, call.site)
+    weights = b.tensor.numel() if walk.value(b.tensor).data is not None else 0
+    read = Read(one, found, facts, silent, fold, macs, weights, call.site)
     walk.system.flow.append(read)
     return read
 
