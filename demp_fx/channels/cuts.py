@@ -31,12 +31,13 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     hard = {id(e) for e in edges} if cuts == "never" else set()
     solution = solve(system, hard)
     while cuts == "pays":
-        cost = _Costs(system, solution)
         places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
-        for edge in edges:
-            if id(edge) not in hard and is_cut(solution, edge):
-                alone = "" if edge.kind == "gather" else edge.producer
-                places[edge.consumer, alone].append(edge)
+        for edge in cut_edges(solution, edges):
+            alone = "" if edge.kind == "gather" else edge.producer
+            places[edge.consumer, alone].append(edge)
+        if not places:
+            break
+        cost = _Costs(system, solution)
         closed = {
             id(e) for place in places.values() if sum(map(cost.gain, place)) <= 0 for e in place
         }
@@ -47,9 +48,16 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     return solution
 
 
-def is_cut(solution: Solution, edge: Edge) -> bool:
-    """Whether channels differ on the two sides of an edge."""
-    return not torch.equal(solution.kept(edge.source), solution.kept(edge.target))
+def cut_edges(solution: Solution, edges: list[Edge]) -> list[Edge]:
+    """The edges on whose two sides channels differ."""
+    if not edges:
+        return []
+    differ = solution.kept(torch.cat([e.source for e in edges])) != solution.kept(
+        torch.cat([e.target for e in edges])
+    )
+    ends = torch.tensor([e.source.numel() for e in edges]).cumsum(0)
+    found = torch.searchsorted(ends, differ.nonzero().reshape(-1), right=True).unique()
+    return [edges[k] for k in found.tolist()]
 
 
 class _Costs:

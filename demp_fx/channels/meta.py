@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -99,3 +100,16 @@ def _swap(
                 twins[id(real)] = twin
                 names[id(twin)] = (f"{prefix}.{key}" if prefix else key, real)
             table[key] = twin  # type: ignore[assignment]
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: a full one looks at all that torch has loaded, which takes
+    longer than the walk over a large network, and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

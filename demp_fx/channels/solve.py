@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,12 +59,16 @@ class Solution:
         return self.keep[self.root[atoms]]
 
 
+Indices = npt.NDArray[np.int64]  # numpy indexes small arrays several times faster than torch
+
+
 @dataclass(slots=True)
 class _Step:
-    """A read or an edge, prepared: any survivor in each of `outputs` keeps `needs`."""
+    """A read or an edge, prepared: any survivor in each of `outputs` keeps `needs` (of an edge,
+    the one at the same place)."""
 
-    outputs: list[Tensor]
-    needs: Tensor
+    outputs: list[Indices]
+    needs: Indices
     edge: bool
 
 
@@ -81,24 +87,19 @@ def foldable(system: System) -> dict[int, Facts]:
     }  # fmt: skip
 
 
-def dead_at(read: Read, folds: dict[int, Facts]) -> Tensor:
+def dead_at(read: Read, folds: dict[int, Facts]) -> Tensor | None:
     """Which inputs a read can do without: zeros, weights of zero, constants that it can fold."""
-    dead = torch.zeros(read.inputs.numel(), dtype=torch.bool)
+    dead = read.silent
     if read.facts is not None:
-        dead |= read.facts.zero
-    if read.silent is not None:
-        dead |= read.silent
-    if id(read) in folds:
-        dead |= folds[id(read)].constant
+        known = read.facts.known if id(read) in folds else read.facts.zero
+        dead = known if dead is None else dead | known
     return dead
 
 
-def droppable(edge: Edge) -> Tensor:
+def droppable(edge: Edge) -> Tensor | None:
     """Which channels an edge need not carry, because they can be supplied behind it: zeros, and
     constants that are the same everywhere and in both modes."""
-    if edge.kind == "gather" or edge.facts is None:
-        return torch.zeros(edge.source.numel(), dtype=torch.bool)
-    return edge.facts.steady
+    return None if edge.kind == "gather" or edge.facts is None else edge.facts.steady
 
 
 def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
@@ -110,45 +111,44 @@ def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
     keep[0] = True
     if system.pins:
         keep[root[torch.cat([p.atoms for p in system.pins])]] = True
-    folds = foldable(system)
-    steps = [_prepare(step, root, folds) for step in system.flow if id(step) not in hard]
+    folds, roots, mask = foldable(system), root.numpy(), keep.numpy()
+    steps = [_prepare(step, roots, folds) for step in system.flow if id(step) not in hard]
     steps.reverse()
     solution = Solution(system, root, keep)
     while True:
-        _propagate(steps, keep)
+        _propagate(steps, mask)
         if not (_revive(solution) or _carry(solution, folds)):
             return solution
 
 
-def _prepare(step: Read | Edge, root: Tensor, folds: dict[int, Facts]) -> _Step:
+def _prepare(step: Read | Edge, root: Indices, folds: dict[int, Facts]) -> _Step:
     if isinstance(step, Read):
-        return _Step(
-            [root[o] for o in step.outputs], root[step.inputs[~dead_at(step, folds)]], False
-        )
-    needed = ~droppable(step)
-    return _Step([root[step.target[needed]]], root[step.source[needed]], True)
+        dead = dead_at(step, folds)
+        needs = step.inputs if dead is None else step.inputs[~dead]
+        return _Step([root[o.numpy()] for o in step.outputs], root[needs.numpy()], False)
+    free = droppable(step)
+    source, target = step.source, step.target
+    if free is not None:
+        source, target = source[~free], target[~free]
+    return _Step([root[target.numpy()]], root[source.numpy()], True)
 
 
-def _propagate(steps: list[_Step], keep: Tensor) -> None:
+def _propagate(steps: list[_Step], keep: npt.NDArray[np.bool_]) -> None:
     """Run every step until nothing changes. Steps are in reverse order of execution, so that need
     flows backward through the whole network in one sweep."""
-    waiting = steps
-    changed = True
+    waiting, changed = [step for step in steps if step.needs.size], True
     while changed:
         changed, later = False, []
         for step in waiting:
-            if step.needs.numel() == 0:
-                continue
+            needs = step.needs
             if step.edge:
-                needs = step.needs[keep[step.outputs[0]]]
-            elif all(bool(keep[o].any()) for o in step.outputs):
-                needs = step.needs
-            else:
+                needs = needs[keep[step.outputs[0]]]
+                if needs.size < step.needs.size:
+                    later.append(step)
+            elif not all(keep[o].any() for o in step.outputs):
                 later.append(step)
                 continue
-            if step.edge and needs.numel() < step.needs.numel():
-                later.append(step)
-            if not bool(keep[needs].all()):
+            if not keep[needs].all():
                 keep[needs] = True
                 changed = True
         waiting = later

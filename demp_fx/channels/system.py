@@ -13,6 +13,16 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 
+_pool = torch.arange(1 << 16)
+
+
+def numbers(start: int, stop: int) -> Tensor:
+    """The integers from `start` to `stop`, as a view of one growing tensor: a slice is cheap."""
+    global _pool
+    if stop > _pool.numel():
+        _pool = torch.arange(max(stop, 2 * _pool.numel()))
+    return _pool[start:stop]
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -34,7 +44,7 @@ class Axis:
 
     @property
     def atoms(self) -> Tensor:
-        return torch.arange(self.start, self.start + self.size)
+        return numbers(self.start, self.stop)
 
     @property
     def stop(self) -> int:

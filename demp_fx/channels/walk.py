@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import along, varying
-from demp_fx.channels.meta import on_meta, on_zeros, placeholder
+from demp_fx.channels.meta import on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Edge, Mark, Read, Site, System
 from demp_fx.channels.value import Value
@@ -68,7 +68,7 @@ class Walk(Stream):
         """
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
-        with torch.no_grad(), on_meta(self.graph) as twins:
+        with torch.no_grad(), without_collection(), on_meta(self.graph) as twins:
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 self.site = Site(str(node.op), node.name, node.meta.get("source"))
@@ -197,8 +197,7 @@ class Walk(Stream):
             labels.append(label)
         if not cut:
             return tensor
-        with self.silently():
-            alias = tensor.detach()
+        alias = tensor.detach()
         alias.__dict__["demp"] = Value(tuple(labels), value.facts, None, value.version)
         return alias
 

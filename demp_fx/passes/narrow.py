@@ -266,7 +266,7 @@ def _sum(graph: fx.Graph, total: Sum, named: dict[str, fx.Node], constants: _Con
 def _spread(
     graph: fx.Graph, narrow: fx.Node, spread: Spread, constants: _Constants, name: str
 ) -> fx.Node:
-    """Channels at their places among zeros or constants: one is blown up, the others copied in."""
+    """Channels at their places among zeros or constants: these are made, the others added in."""
     shape = [1] * spread.rank
     shape[spread.dim] = -1
     values = spread.shift if spread.shift is not None else [0.0] * spread.size
@@ -275,4 +275,4 @@ def _spread(
     one = graph.call_function(torch.narrow, (narrow, spread.dim, 0, 1))
     blank = graph.call_function(torch.zeros_like, (one,))
     full = graph.call_function(torch.add, (blank, shift))
-    return graph.call_function(torch.index_copy, (full, spread.dim, index, narrow))
+    return graph.call_function(torch.index_add, (full, spread.dim, index, narrow))

@@ -19,7 +19,12 @@ RULES: dict[str, Rule] = {
     **norm.RULES,
     **couple.RULES,
 }
-SHAPES: dict[torch._ops.OpOverload, Shape] = {**norm.SHAPES, **pointwise.SHAPES}
+SHAPES: dict[torch._ops.OpOverload, Shape] = {
+    **move.SHAPES,
+    **pointwise.SHAPES,
+    **contract.SHAPES,
+    **norm.SHAPES,
+}
 
 
 def rule_of(op: torch._ops.OpOverload) -> Rule:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, varying
-from demp_fx.channels.stream import Rule, Stream
+from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
 # Run on labels, these would refuse strides of 0.
@@ -210,3 +210,21 @@ def _refuse(walk: Stream, call: Call) -> None:
     for label in walk.value(call.tensors[0]).labels:
         walk.pin(call, label, "as_strided looks through the memory")
     walk.give(call.outputs[0], ())
+
+
+def _cat_shape(args: tuple[Any, ...]) -> Tensor:
+    """The sizes of a join, without the long way through its decomposition."""
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    first = tensors[0]
+    rest = [t.shape[:dim] + t.shape[dim:][1:] for t in tensors] if dim >= 0 else []
+    if any(r != rest[0] or t.dtype != first.dtype for r, t in zip(rest, tensors, strict=False)):
+        rest = []
+    if not rest or not all(t.is_meta and t.is_contiguous() for t in tensors):
+        result: Tensor = torch.ops.aten.cat.default(*args)
+        return result
+    shape = list(first.shape)
+    shape[dim] = sum(t.size(dim) for t in tensors)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+SHAPES: dict[torch._ops.OpOverload, Shape] = {torch.ops.aten.cat.default: _cat_shape}
