@@ -46,6 +46,7 @@ class Stream(TorchDispatchMode):
         self.versions: dict[int, int] = {}
         self.quiet = False
         self.profiles = 0
+        self.merged = False  # whether a channel axis was merged with another, such as the batch
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -182,7 +182,7 @@ class Walk(Stream):
         labels, cut = [], False
         for label in value.labels:
             dims = varying(label)
-            if len(dims) == 1 and label.numel() == tensor.size(dims[0]):
+            if len(dims) == 1 and not (self.merged and _repeats(label)):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
                 facts = value.facts.along(d, size) if value.facts is not None else None
@@ -250,6 +250,11 @@ class Walk(Stream):
         for label in value.labels:
             self.system.pin(label, reason, self.site)
         value.known = None
+
+
+def _repeats(label: Tensor) -> bool:
+    """Whether channels are merged with another axis: where they are then depends on its size."""
+    return int(label.unique().numel()) < label.numel()
 
 
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:

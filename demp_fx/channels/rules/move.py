@@ -53,6 +53,7 @@ def move(walk: Stream, call: Call) -> None:
             if fits(before, after, call.op._schema.name):
                 if after.numel() > 1:
                     labels.append(after)
+                    walk.merged |= after.numel() > before.numel()
                 elif before.numel() > 1:
                     walk.pin(call, after, "a single channel is taken")
             else:
