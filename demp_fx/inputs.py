@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -40,3 +38,6 @@ class Inputs:
         """Every tensor in the arguments, in order."""
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Inputs

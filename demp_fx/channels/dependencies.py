@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
@@ -68,42 +69,35 @@ class DependencyGraph:
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
         self._system, self._solution = system, solution
-        root = components(system.atoms, [system.ties])
+        self._root = components(system.atoms, [system.ties])
         self._axes = [a for a in system.axes if a.owner in params]
-        self._group_of = _groups(root, system)
-        self._feeds: dict[int, set[int]] = defaultdict(set)
-        for edge in system.edges:
-            self._feeds[int(self._group_of[edge.target[0]])].add(
-                int(self._group_of[edge.source[0]])
-            )
-        self.groups = self._build(root)
-        self.links = self._link()
-
-    def _build(self, root: Tensor) -> list[Group]:
-        numbers = {int(g): k for k, g in enumerate(dict.fromkeys(
+        self._group_of = _groups(self._root, system)
+        self._number = {int(g): k for k, g in enumerate(dict.fromkeys(
             int(self._group_of[a.start]) for a in self._axes))}  # fmt: skip
-        self._number = numbers
-        groups = [Group(k, 0, 0) for k in range(len(numbers))]
-        roots: list[list[Tensor]] = [[] for _ in groups]
+        self.groups = self._build()
+
+    def _build(self) -> list[Group]:
+        groups = [Group(k, 0, 0) for k in range(len(self._number))]
         for axis in self._axes:
-            k = numbers[int(self._group_of[axis.start])]
-            groups[k].members.append(Member(axis.owner, axis.dim, axis.size))
-            roots[k].append(axis.atoms)
-        for group, atoms in zip(groups, roots, strict=True):
-            every = torch.cat(atoms)
-            firsts = root[every].unique()
-            group.size = int(firsts.numel())
-            gone = root[every[~self._solution.kept(every)]].unique()
-            group.removable = int(gone.numel())
-        self._pin(root, groups)
+            group = groups[self._number[int(self._group_of[axis.start])]]
+            group.members.append(Member(axis.owner, axis.dim, axis.size))
+        present = torch.zeros(self._system.atoms, dtype=torch.bool)
+        present[self._root[torch.cat([a.atoms for a in self._axes])] if self._axes else []] = True
+        roots = present.nonzero().reshape(-1)
+        owner = self._group_of[roots]
+        gone = ~self._solution.kept(roots)
+        sizes, removable = owner.bincount(), owner[gone].bincount(minlength=int(owner.max()) + 1)
+        for g, k in self._number.items():
+            groups[k].size, groups[k].removable = int(sizes[g]), int(removable[g])
+        self._pin(groups)
         return groups
 
-    def _pin(self, root: Tensor, groups: list[Group]) -> None:
+    def _pin(self, groups: list[Group]) -> None:
         seen: Counter[tuple[int, str, str, str, str | None]] = Counter()
         for pin in self._system.pins:
             owners = self._group_of[pin.atoms]
             for owner in owners.unique().tolist() if pin.reason != STRUCTURE else ():
-                channels = int(root[pin.atoms[owners == owner]].unique().numel())
+                channels = int(self._root[pin.atoms[owners == owner]].unique().numel())
                 for source in self._sources(owner):
                     site = pin.site
                     seen[source, pin.reason, site.op, site.node, site.source] += channels
@@ -122,7 +116,18 @@ class DependencyGraph:
             waiting += new
         return found
 
-    def _link(self) -> list[Link]:
+    @functools.cached_property
+    def _feeds(self) -> dict[int, set[int]]:
+        """For each group of atoms, those that arrive in it through edges."""
+        feeds: dict[int, set[int]] = defaultdict(set)
+        for edge in self._system.edges:
+            target, source = self._group_of[edge.target[0]], self._group_of[edge.source[0]]
+            feeds[int(target)].add(int(source))
+        return feeds
+
+    @functools.cached_property
+    def links(self) -> list[Link]:
+        """Which group feeds which."""
         links: dict[Link, None] = {}
         for step in self._system.flow:
             if isinstance(step, Read):
@@ -168,9 +173,8 @@ class DependencyGraph:
 
 def _groups(root: Tensor, system: System) -> Tensor:
     """For each atom a number that all atoms of its group share: axes with a channel in common."""
-    owner = torch.zeros(system.atoms, dtype=torch.int64)
-    for k, axis in enumerate(system.axes, start=1):
-        owner[axis.start : axis.stop] = k
+    sizes = torch.tensor([1, *(axis.size for axis in system.axes)])  # atom 0 is its own axis
+    owner = torch.arange(sizes.numel()).repeat_interleave(sizes)
     first = torch.full((system.atoms,), len(system.axes) + 1)
     first = first.scatter_reduce(0, root, owner, "amin")
     axis_root = components(len(system.axes) + 1, [(owner[1:], first[root][1:])])

@@ -24,21 +24,23 @@ def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """For each of `size` atoms the smallest atom it is tied to, however indirectly."""
     pairs = list(ties)
     root = torch.arange(size)
-    if not pairs:
-        return root
-    a = torch.cat([p[0] for p in pairs])
-    b = torch.cat([p[1] for p in pairs])
+    a = torch.cat([p[0] for p in pairs]) if pairs else root[:0]
+    b = torch.cat([p[1] for p in pairs]) if pairs else a
+    tied = torch.zeros(size, dtype=torch.bool)
+    tied[a] = tied[b] = True
+    atoms = tied.nonzero().reshape(-1)
     while True:
         x, y = root[a], root[b]
-        open_ = x != y
-        if not bool(open_.any()):
+        apart = (x != y).nonzero().reshape(-1)
+        if not apart.numel():
             return root
-        a, b, x, y = a[open_], b[open_], x[open_], y[open_]
-        low = torch.minimum(x, y)
-        root = root.scatter_reduce(0, torch.cat([x, y]), torch.cat([low, low]), "amin")
-        higher = root[root]
-        while not torch.equal(root, higher):
-            root, higher = higher, higher[higher]
+        a, b, x, y = a[apart], b[apart], x[apart], y[apart]
+        root.scatter_reduce_(0, torch.maximum(x, y), torch.minimum(x, y), "amin")
+        here = root[atoms]
+        higher = root[here]
+        while not torch.equal(here, higher):
+            root[atoms] = here = higher
+            higher = root[here]
 
 
 @dataclass
@@ -53,10 +55,16 @@ class Solution:
     root: Tensor
     keep: Tensor
     revived: list[Axis] = field(default_factory=list)
+    final: Tensor | None = None
 
     def kept(self, atoms: Tensor) -> Tensor:
         """A mask over `atoms`: True where they stay."""
-        return self.keep[self.root[atoms]]
+        return self.keep[self.root[atoms]] if self.final is None else self.final[atoms]
+
+    def settled(self) -> Solution:
+        """This solution, no longer to be changed, and faster to ask."""
+        self.final = self.keep[self.root]
+        return self
 
 
 Indices = npt.NDArray[np.int64]  # numpy indexes small arrays several times faster than torch
@@ -118,7 +126,7 @@ def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
     while True:
         _propagate(steps, mask)
         if not (_revive(solution) or _carry(solution, folds)):
-            return solution
+            return solution.settled()
 
 
 def _prepare(step: Read | Edge, root: Indices, folds: dict[int, Facts]) -> _Step:

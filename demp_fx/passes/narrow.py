@@ -121,7 +121,7 @@ def shallow(module: nn.Module) -> nn.Module:
     new = copy.copy(module)
     for key, value in module.__dict__.items():
         if isinstance(value, (dict, set)):
-            new.__dict__[key] = copy.copy(value)
+            new.__dict__[key] = value.copy()
     return new
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
 from demp_fx.channels.solve import Solution, by_bias, foldable, independent
 from demp_fx.channels.system import Edge, Read
@@ -76,6 +77,8 @@ class _Planner:
 
     def _edges(self, plan: PruningPlan) -> None:
         """Turn every edge with different channels on its two sides into a gather or a sum."""
+        if not cut_edges(self.solution, self.walk.system.edges):
+            return
         kept = self.solution.kept
         into: dict[str, list[Edge]] = defaultdict(list)
         wanted: dict[tuple[str, str, int], Tensor] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from demp_fx.errors import VerificationError
-from demp_fx.inputs import Inputs
+from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.still import Still
 from demp_fx.report.model import Verification
 
@@ -21,10 +21,10 @@ FOLDED = 16  # units of rounding of the parameters' own dtype, where constants w
 
 
 def verify(
-    original: nn.Module, narrow: nn.Module, inputs: Inputs, *, observed: bool, train: bool = True,
+    original: nn.Module, narrow: nn.Module, example_inputs: ExampleInputs, *, observed: bool = False, train: bool = True,
     folded: bool = False,
 ) -> Verification:  # fmt: skip
-    """Compare two modules on `inputs` (the example or a calibration batch).
+    """Compare two modules on `example_inputs` (or a calibration batch).
 
     Unless something was only `observed` on data, fresh inputs of another batch size are tried too.
     `folded`: parameters were computed anew, and are rounded to their dtype. Raises
@@ -35,6 +35,7 @@ def verify(
         coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
                       if p.is_floating_point()), default=0.0)  # fmt: skip
         tolerance = max(tolerance, FOLDED * coarse)
+    inputs = Inputs.of(example_inputs)
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
     errors: dict[bool, float | None] = {}
     batch = 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
+from demp_fx.channels.rules.contract import empty_slices
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
@@ -97,7 +99,11 @@ def embedding(walk: Stream, call: Call) -> None:
             labels.append(label.reshape((1,) * (out.dim() - 1) + (-1,)))
         else:
             walk.pin(call, label, "rows are looked up by data")
-    walk.give(out, tuple(labels))
+    facts, table = None, walk.value(weight).data
+    silent = empty_slices(table, 1) if walk.with_facts and table is not None else None
+    if silent is not None:
+        facts = Facts.of(silent, torch.zeros(2, silent.numel(), dtype=torch.float64))
+    walk.give(out, tuple(labels), None if facts is None else facts.spread(out.dim(), out.dim() - 1))
 
 
 POOLS = {f"aten::{name}{n}d": couple(trailing(n), name, keeps)

@@ -1,0 +1,481 @@
+"""Compile: what goes, what stays, where constants end up, and what a plan can do."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+from demp_fx.errors import UsageError, VerificationError
+from demp_fx.passes import make_plan, narrow, verify
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def silence(norm: nn.Module, channels: list[int], shift: float = 0.0) -> None:
+    """Make channels of a batch norm constant."""
+    with torch.no_grad():
+        norm.get_parameter("weight")[channels] = 0
+        norm.get_parameter("bias")[channels] = shift
+
+
+def assert_same(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float = 1e-11) -> None:
+    for training in (False, True):
+        expected, found = a.train(training)(x), b.train(training)(x)
+        assert float((expected - found).detach().abs().max()) < tolerance
+
+
+class Net(nn.Module):
+    """conv - norm - relu - conv - norm - relu - mean - linear."""
+
+    def __init__(self, padding: int = 1, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=padding, bias=bias)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 5)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    """A residual block between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 4, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = torch.relu(self.conv1(x))
+        return self.head(torch.relu(x + self.norm(self.conv2(y))))
+
+
+# -- zeros ---------------------------------------------------------------------------------------
+
+
+def test_dead_channels_are_sliced_from_everything_that_carries_them() -> None:
+    model = Net()
+    silence(model.norm1, [0, 3, 4])
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    shapes = {name: tuple(p.shape) for name, p in result.module.state_dict().items()}
+    assert shapes["conv1.weight"] == (5, 3, 3, 3)
+    assert shapes["norm1.running_var"] == (5,)
+    assert shapes["conv2.weight"] == (6, 5, 3, 3)
+    assert list(shapes) == list(model.state_dict())
+    conv = result.module.get_submodule("conv1")
+    assert (conv.in_channels, conv.out_channels) == (3, 5)
+    assert_same(model, result.module, image(3, 3, 11, 9))
+
+
+def test_channels_that_nobody_reads_go_as_well() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.head.weight[:, [1, 2]] = 0
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv2.weight").shape[0] == 4
+    assert_same(model, result.module, image(3, 3, 8, 8))
+
+
+def test_death_travels_backward_through_layers() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.conv2.weight[:, [5, 6]] = 0
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv1.weight").shape[0] == 6
+
+
+def test_nothing_dead_nothing_changed() -> None:
+    model = Net()
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.plan.keep == {}
+    assert result.report.params_after == result.report.params_before
+    for (name, p), q in zip(result.module.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert p.data_ptr() != q.data_ptr()
+
+
+def test_the_original_is_left_as_it_was() -> None:
+    model = Net().train()
+    silence(model.norm1, [0])
+    before = copy.deepcopy(model.state_dict())
+    demp_fx.compile(model, image(2, 3, 8, 8), calibration=[image(4, 3, 8, 8)])
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# -- constants -----------------------------------------------------------------------------------
+
+
+def test_constants_fold_into_a_bias_where_no_padding_forbids_it() -> None:
+    model = Net(padding=0, bias=True)
+    silence(model.norm1, [0, 3, 4], shift=0.7)
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv1.weight").shape[0] == 5
+    assert (result.report.constants_folded, result.report.carriers) == (3, 0)
+    assert_same(model, result.module, image(3, 3, 12, 9))
+
+
+@pytest.mark.parametrize("padding", [1, 2])
+def test_one_carrier_stands_for_all_constants_under_zero_padding(padding: int) -> None:
+    model = Net(padding=padding)
+    silence(model.norm1, [0, 3, 4], shift=0.7)
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv1.weight").shape[0] == 6
+    assert (result.report.constants_folded, result.report.carriers) == (2, 1)
+    assert_same(model, result.module, image(3, 3, 12, 9))
+
+
+def test_a_constant_below_zero_is_dead_behind_a_relu() -> None:
+    model = Net()
+    silence(model.norm1, [0, 3], shift=-0.4)
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv1.weight").shape[0] == 6
+    assert result.report.carriers == 0
+
+
+def test_constants_that_differ_between_the_modes_need_two_carriers() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).double()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[:5] = 0  # the norm sees zeros there
+        model.get_buffer("1.running_mean").normal_()
+        model.get_parameter("1.bias").fill_(2.0)
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("0.weight").shape[0] == 3 + 2
+    assert_same(model, result.module, image(3, 3, 9, 9))
+
+
+def test_average_pooling_of_padded_constants_is_carried() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AvgPool2d(3, 1, 1), nn.Conv2d(8, 4, 1)
+    ).double()
+    silence(model.get_submodule("1"), [1, 2, 5], shift=0.6)
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("0.weight").shape[0] == 6
+    assert_same(model, result.module, image(3, 3, 13, 7))
+
+
+def test_a_weight_that_is_read_twice_folds_nothing() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.sigmoid(self.b(torch.sigmoid(self.a(x)))))
+
+    model = Twice()
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.b.weight[:3] = 0
+    result = demp_fx.compile(model, image(5, 4))
+    assert_same(model, result.module, image(3, 4))
+
+
+# -- residuals and concats -----------------------------------------------------------------------
+
+
+def test_a_channel_dead_in_the_branch_only_stays_in_the_stream() -> None:
+    model = Block()
+    silence(model.norm, [0, 1, 2, 3, 4])
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("stem.weight").shape[0] == 8
+    assert result.module.get_parameter("conv2.weight").shape[0] == 3
+    assert result.report.scatters == 1
+    assert_same(model, result.module, image(3, 3, 8, 8))
+
+
+def test_constants_of_a_branch_are_added_to_the_stream() -> None:
+    model = Block()
+    silence(model.norm, [0, 1, 2, 3, 4], shift=0.3)
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv2.weight").shape[0] == 3
+    assert list(result.module.state_dict()) == list(model.state_dict())
+    assert_same(model, result.module, image(3, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("cuts", "width"), [("always", 7), ("pays", 8), ("never", 8)])
+def test_a_cut_must_pay(cuts: str, width: int) -> None:
+    model = Block()
+    silence(model.norm, [0])
+    result = demp_fx.compile(model, image(2, 3, 32, 32), cuts=cuts)  # type: ignore[arg-type]
+    assert result.module.get_parameter("conv2.weight").shape[0] == width
+    assert_same(model, result.module, image(3, 3, 8, 8))
+
+
+def test_neither_side_of_a_sum_needs_all_channels() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+            self.norm_a, self.norm_b = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.head = nn.Conv2d(8, 4, 3, padding=1)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm_a(self.a(x)) + self.norm_b(self.b(x)))
+
+    for shift in (0.0, 0.5):
+        model = Two()
+        silence(model.norm_a, [0, 1, 2, 3], shift)
+        silence(model.norm_b, [3, 4, 5, 6], shift)
+        result = demp_fx.compile(model, image(2, 3, 8, 8))
+        assert result.module.get_parameter("a.weight").shape[0] == 4
+        assert result.module.get_parameter("b.weight").shape[0] == 4
+        assert_same(model, result.module, image(3, 3, 9, 9))
+
+
+def test_readers_of_one_concat_each_take_what_they_need() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(2))
+            self.reads = nn.ModuleList(nn.Conv2d(16, 32, 3) for _ in range(2))
+            self.double()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            y = torch.cat([self.a(x), self.b(x)], 1)
+            return [r(torch.relu(n(y))) for n, r in zip(self.norms, self.reads, strict=True)]
+
+    model = Dense()
+    silence(model.norms[0], [0, 1, 2, 3, 8, 9, 10, 11])
+    silence(model.norms[1], [0, 1, 4, 5, 8, 9, 12, 13])
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert [result.module.get_parameter(f"reads.{k}.weight").shape[1] for k in (0, 1)] == [8, 8]
+    assert result.module.get_parameter("a.weight").shape[0] == 6  # 0 and 1 are read by nobody
+    assert result.report.gathers == 2
+    x = image(3, 3, 8, 8)
+    for a, b in zip(model.eval()(x), result.module.eval()(x), strict=True):
+        assert float((a - b).detach().abs().max()) < 1e-11
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def test_what_never_fires_on_the_calibration_data_goes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
+    with torch.no_grad():
+        model.get_parameter("0.bias")[[1, 6]] = -100.0
+    data = [image(4, 3, 8, 8), image(4, 3, 8, 8)]
+    assert demp_fx.compile(model, data[0]).plan.keep == {}
+    result = demp_fx.compile(model, data[0], calibration=data)
+    assert result.module.get_parameter("0.weight").shape[0] == 6
+    assert result.report.dead_observed == 2
+    assert any("8 calibration samples" in line for line in result.report.assumptions)
+
+
+def test_pairs_of_input_and_target_calibrate_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval()
+    with torch.no_grad():
+        model.get_parameter("0.bias")[0] = -100.0
+    data = [(image(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))]
+    result = demp_fx.compile(model, image(1, 3, 8, 8), calibration=data)
+    assert result.report.dead_observed == 1
+
+
+def test_no_calibration_data_is_an_error() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        demp_fx.compile(Net(), image(2, 3, 8, 8), calibration=[])
+
+
+# -- parameters ----------------------------------------------------------------------------------
+
+
+def test_tied_parameters_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 8)
+            self.mix = nn.Linear(8, 8)
+            self.out = nn.Linear(8, 10, bias=False)
+            self.out.weight = self.embed.weight
+            self.double()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(torch.relu(self.mix(self.embed(tokens))))
+
+    model = Tied()
+    with torch.no_grad():
+        model.embed.weight[:, [2, 5]] = 0
+    result = demp_fx.compile(model, torch.randint(0, 10, (3, 4)))
+    narrow_embed = result.module.get_parameter("embed.weight")
+    assert narrow_embed.shape == (10, 6)
+    assert result.module.get_parameter("out.weight") is narrow_embed
+    tokens = torch.randint(0, 10, (2, 7))
+    assert torch.allclose(result.module(tokens), model(tokens), atol=1e-12)
+
+
+def test_frozen_parameters_dtypes_and_memory_formats_stay() -> None:
+    model = Net().to(torch.float32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.conv1.weight.requires_grad_(False)
+    silence(model.norm1, [0])
+    module = demp_fx.compile(model, torch.randn(2, 3, 8, 8)).module
+    assert not module.get_parameter("conv1.weight").requires_grad
+    assert module.get_parameter("conv2.weight").dtype == torch.float32
+    weight = module.get_parameter("conv2.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_result_can_be_copied_pickled_and_reloaded() -> None:
+    model = Block().eval()
+    silence(model.norm, [0, 1, 2, 3, 4], shift=0.3)
+    module, x = demp_fx.compile(model, image(2, 3, 8, 8)).module, image(2, 3, 8, 8)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+        assert list(twin.state_dict()) == list(module.state_dict())
+        twin.load_state_dict(module.state_dict())
+
+
+# -- plans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_a_plan_replays_on_a_checkpoint(shift: float) -> None:
+    model = Block()
+    silence(model.norm, [0, 1, 2, 3, 4], shift)
+    with torch.no_grad():
+        model.conv1.weight[[1, 2]] = 0
+        model.conv1.bias[[1, 2]] = 0.5
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    plan = demp_fx.PruningPlan.from_json(result.plan.to_json())
+    assert plan == result.plan
+    other = Block()
+    other.load_state_dict(model.state_dict())
+    again = narrow(demp_fx.trace(other, image(2, 3, 8, 8)), plan)
+    x = image(2, 3, 8, 8)
+    assert torch.equal(again(x), result.module(x))
+    assert again.code == result.module.code
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    model = Net()
+    silence(model.norm1, [0])
+    plan = demp_fx.compile(model, image(2, 3, 8, 8)).plan
+    with pytest.raises(UsageError, match=r"conv1\.weight"):
+        narrow(demp_fx.trace(nn.Linear(3, 3), torch.randn(1, 3)), plan)
+    with pytest.raises(UsageError, match="not a pruning plan"):
+        demp_fx.PruningPlan.from_json('{"keep": 3}')
+
+
+# -- passes and verification ---------------------------------------------------------------------
+
+
+def test_passes_apply_one_by_one() -> None:
+    model = Net().eval()
+    silence(model.norm1, [0, 1])
+    graph = demp_fx.trace(model, image(2, 3, 8, 8))
+    plan = make_plan(graph)
+    module = narrow(graph, plan)
+    assert verify(model, module, image(2, 3, 8, 8)).eval_error < 1e-12
+    assert module.get_parameter("conv1.weight").shape[0] == 6
+
+
+def test_a_wrong_result_is_not_handed_over() -> None:
+    model = Net().eval()
+    graph = demp_fx.trace(model, image(2, 3, 8, 8))
+    plan = make_plan(graph)
+    plan.keep = {
+        **{f"norm1.{k}": {0: [0, 1]} for k in ("weight", "bias", "running_mean", "running_var")},
+        "conv1.weight": {0: [0, 1]},
+        "conv2.weight": {1: [0, 1]},
+    }
+    with pytest.raises(VerificationError, match="nothing was handed over"):
+        verify(model, narrow(graph, plan), image(2, 3, 8, 8))
+
+
+def test_macs_are_those_of_torchs_own_counter() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Net()
+    silence(model.norm1, [0, 1, 2])
+    x = image(2, 3, 8, 8)
+    result = demp_fx.compile(model, x)
+    for module, macs in (
+        (model, result.report.macs_before), (result.module, result.report.macs_after),
+    ):  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        assert counter.get_total_flops() == 2 * macs
+
+
+def test_dict_and_tuple_inputs_and_outputs() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> dict[str, object]:
+            y = torch.relu(self.a(x))
+            if scale is not None:
+                y = y * scale
+            return {"out": self.b(y), "pair": (x.sum(), [x])}
+
+    for example in ({"x": torch.randn(2, 4), "scale": torch.randn(2, 1)}, (torch.randn(2, 4),)):
+        model = Many()
+        with torch.no_grad():
+            model.a.weight[:2] = 0
+            model.a.bias[:2] = 0
+        result = demp_fx.compile(model, example)  # type: ignore[arg-type]
+        assert result.module.get_parameter("a.weight").shape[0] == 6
+        assert result.report.verification is not None
+
+
+def test_weights_that_are_not_finite_are_refused_and_masks_are_not() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.conv2.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"conv2\.weight"):
+        demp_fx.compile(model, image(2, 3, 8, 8))
+    model = Net()
+    model.register_buffer("mask", torch.full((3,), float("-inf")))
+    demp_fx.compile(model, image(2, 3, 8, 8))
+
+
+def test_inputs_that_do_not_fit_are_named_with_the_users_line() -> None:
+    with pytest.raises(UsageError, match=r"conv1.*test_compile\.py:\d+"):
+        demp_fx.compile(Net(), image(2, 4, 8, 8))
+
+
+def test_a_layer_that_is_dead_altogether_keeps_one_channel_and_is_reported() -> None:
+    model = Net()
+    silence(model.norm1, list(range(8)))
+    result = demp_fx.compile(model, image(2, 3, 8, 8))
+    assert result.module.get_parameter("conv1.weight").shape[0] == 1
+    assert any("conv1" in line for line in result.report.warnings)
+    assert_same(model, result.module, image(3, 3, 8, 8))
+
+
+def test_every_random_dead_set_of_a_small_network_is_exact() -> None:
+    for dead in itertools.chain.from_iterable(
+        itertools.combinations(range(4), n) for n in range(5)
+    ):
+        model = Net()
+        silence(model.norm1, [2 * d for d in dead], shift=0.1)
+        silence(model.norm2, list(dead), shift=-0.1)
+        result = demp_fx.compile(model, image(2, 3, 6, 6), verify=False)
+        assert_same(model, result.module, image(3, 3, 7, 5))
