@@ -288,7 +288,7 @@ def _kill(model: nn.Module, seed: int) -> None:
 
 
 @settings(
-    max_examples=100,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
