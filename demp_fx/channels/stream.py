@@ -54,7 +54,7 @@ class Stream(TorchDispatchMode):
         kwargs = kwargs or {}
         shape = self.shapes.get(func)
         try:
-            out = func(*args, **kwargs) if shape is None else shape(args)
+            out = func(*args, **kwargs) if shape is None or kwargs else shape(args)
         except NotImplementedError:
             out = on_zeros(func, args, kwargs)
         except RuntimeError:  # a tensor that the model's code made of its own

@@ -340,4 +340,22 @@ def _each(setting: list[int], x: Tensor) -> list[int]:
     return setting * (x.dim() - 2) if len(setting) == 1 else setting
 
 
-SHAPES: dict[torch._ops.OpOverload, Shape] = {aten.convolution.default: _convolution_shape}
+def _product_shape(op: torch._ops.OpOverload, left: int) -> Shape:
+    """The shape of a matrix product whose left operand is argument `left`."""
+
+    def shape(args: tuple[Any, ...]) -> Tensor:
+        a, b = args[left : left + 2]
+        if a.size(-1) != b.size(-2) or a.dtype != b.dtype:
+            result: Tensor = op(*args)  # let torch say what is wrong
+            return result
+        return torch.empty((*a.shape[:-1], b.size(-1)), dtype=a.dtype, device="meta")
+
+    return shape
+
+
+SHAPES: dict[torch._ops.OpOverload, Shape] = {
+    aten.convolution.default: _convolution_shape,
+    aten.addmm.default: _product_shape(aten.addmm.default, 1),
+    aten.mm.default: _product_shape(aten.mm.default, 0),
+    aten.bmm.default: _product_shape(aten.bmm.default, 0),
+}

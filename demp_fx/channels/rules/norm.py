@@ -9,6 +9,7 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, moved, varying
+from demp_fx.channels.rules.pointwise import twin
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
@@ -26,7 +27,6 @@ def batch_norm(walk: Stream, call: Call) -> None:
         if t is None:
             continue
         for label in walk.value(t).labels:
-            label = label.reshape([-1 if d == 1 else 1 for d in range(rank)])
             if (1,) in merged:
                 walk.system.same(merged[(1,)], label, call.site)
             elif x.size(1) > 1:
@@ -105,17 +105,12 @@ RULES: dict[str, Rule] = {
 }
 
 
-def _batch_norm_shape(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    x = args[0]
-    none = torch.empty(0, device="meta")
-    return torch.empty_like(x), none, none
+def _normalised(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return twin(args[0]), _NONE, _NONE
 
 
-def _layer_norm_shape(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    return _batch_norm_shape(args)
-
-
+_NONE = torch.empty(0, device="meta")
 SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    aten.native_batch_norm.default: _batch_norm_shape,
-    aten.native_layer_norm.default: _layer_norm_shape,
+    aten.native_batch_norm.default: _normalised,
+    aten.native_layer_norm.default: _normalised,
 }
