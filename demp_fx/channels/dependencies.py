@@ -12,7 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from demp_fx.channels.solve import Solution, components
+from demp_fx.channels.solve import Solution, classes, components
 from demp_fx.channels.stream import STRUCTURE
 from demp_fx.channels.system import Read, System
 
@@ -69,7 +69,7 @@ class DependencyGraph:
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
         self._system, self._solution = system, solution
-        self._root = components(system.atoms, [system.ties])
+        self._root = classes(system)
         self._axes = [a for a in system.axes if a.owner in params]
         self._group_of = _groups(self._root, system)
         self._number = {int(g): k for k, g in enumerate(dict.fromkeys(

@@ -43,6 +43,13 @@ def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
             higher = root[here]
 
 
+def classes(system: System) -> Tensor:
+    """For each atom the smallest one that it is tied to, all cuts open."""
+    if system.root is None:
+        system.root = components(system.atoms, [system.ties])
+    return system.root
+
+
 @dataclass
 class Solution:
     """Which atoms stay.
@@ -112,9 +119,10 @@ def droppable(edge: Edge) -> Tensor | None:
 
 def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
     """The least fixpoint; `hard`: ids of edges that are not to be cut."""
-    ties = [system.ties]
-    ties += [(e.source, e.target) for e in system.edges if id(e) in hard]
-    root = components(system.atoms, ties)
+    root = classes(system)
+    if hard:
+        closed = [(root[e.source], root[e.target]) for e in system.edges if id(e) in hard]
+        root = components(system.atoms, closed)[root]
     keep = torch.zeros(system.atoms, dtype=torch.bool)
     keep[0] = True
     if system.pins:

@@ -135,7 +135,8 @@ Mark = tuple[int, int, int, int, int]
 
 @dataclass
 class System:
-    """Everything a walk recorded, in order of execution; `ties`: the pairs of atoms in `sames`."""
+    """Everything a walk recorded, in order of execution; `ties`: the pairs of atoms in `sames`;
+    `root`: the classes that they make, once somebody has asked for them."""
 
     axes: list[Axis] = field(default_factory=list)
     sames: list[Same] = field(default_factory=list)
@@ -143,6 +144,7 @@ class System:
     flow: list[Read | Edge] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     ties: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64),) * 2
+    root: Tensor | None = None
     atoms: int = 1
     macs: int = 0
 
