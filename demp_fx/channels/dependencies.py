@@ -105,12 +105,11 @@ class DependencyGraph:
             groups[k].pins.append(Pin(reason, op, node, line, channels))
 
     def _sources(self, owner: int) -> list[int]:
-        """The groups of parameters whose channels arrive in a group: itself, or through edges."""
+        """The groups of parameters whose channels are in a group, or arrive in it over edges."""
         waiting, seen, found = [owner], {owner}, []
         for group in waiting:
             if group in self._number:
                 found.append(self._number[group])
-                continue
             new = self._feeds.get(group, set()) - seen
             seen |= new
             waiting += new

@@ -167,7 +167,8 @@ class Walk(Stream):
             return self._cut(n, user, tensor, value, "sum")
         if spread:
             return self._cut(n, user, tensor, value, "spread")
-        if len(n.users) > 1 or self._smaller(tensor, value):
+        readers = sum(1 for reader in n.users if reader.target not in SIZES)
+        if readers > 1 or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
         return tensor
 

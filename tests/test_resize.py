@@ -1,0 +1,69 @@
+"""Sizes in a model's code: rewritten where they are sizes, kept where they are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import demp_fx
+
+
+class Sized(nn.Module):
+    """Linear - function - linear, with channels 1, 4 and 6 of eight dead."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.make, self.read = nn.Linear(5, 8), nn.Linear(width, 3)
+        with torch.no_grad():
+            self.make.weight[[1, 4, 6]] = 0
+            self.make.bias[[1, 4, 6]] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.function(self.make(x)))
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view_literal": lambda x: x.view(-1, 4, 8),
+    "view_of_a_shape": lambda x: x.view(x.shape[0] // 2, 2, x.shape[1], x.shape[2]),
+    "reshape_tuple": lambda x: torch.reshape(x, (-1, 8)),
+    "expand": lambda x: x.unsqueeze(0).expand(2, -1, -1, 8),
+    "chunk": lambda x: torch.cat(x.chunk(2, -1), -1),
+    "torch_chunk_dim": lambda x: torch.cat(torch.chunk(x, 4, dim=2), 2),
+    "split_int": lambda x: torch.cat(x.split(4, dim=-1), -1),
+    "split_list": lambda x: torch.cat(torch.split(x, [2, 5, 1], dim=-1), -1),
+    "slices": lambda x: torch.cat([x[..., 2:7], x[..., :2], x[:, :, 7:]], -1),
+    "negative_slice": lambda x: torch.cat([x[..., :-3], x[..., -3:]], -1),
+    "narrow": lambda x: torch.cat([x.narrow(-1, 0, 3), x.narrow(-1, 3, 5)], -1),
+    "new_axis": lambda x: x[:, None, :, :8],
+    "scaled_by_width": lambda x: x * x.shape[-1] ** -0.5,
+    "scaled_by_size": lambda x: x / x.size(-1),
+    "scaled_by_both": lambda x: x * x.shape[0] * (x.shape[2] + 1),
+    "padded_space": lambda x: F.pad(x, (0, 0, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sizes_follow_and_numbers_stay(name: str) -> None:
+    model = Sized(FUNCTIONS[name])
+    result = demp_fx.compile(model, torch.randn(4, 4, 5).double())
+    assert result.module.get_parameter("make.weight").shape[0] == 5
+    for batch in (4, 8):
+        x = torch.randn(batch, 4, 5).double()
+        assert torch.allclose(result.module(x), model(x), atol=1e-12)
+
+
+def test_a_size_that_the_code_insists_on_keeps_the_channels() -> None:
+    def check(x: Tensor) -> Tensor:
+        return torch.einsum("bnc,c->bnc", x, torch.ones(8, dtype=x.dtype))
+
+    model = Sized(check)
+    result = demp_fx.compile(model, torch.randn(4, 4, 5).double())
+    assert result.module.get_parameter("make.weight").shape[0] == 8
+    assert any("make.weight[0]" in pin.members for pin in result.report.pinned)
