@@ -1,1 +1,0 @@
-"""Which channels matter: scores over pruning groups."""

@@ -1,1 +1,0 @@
-"""What inserted graph nodes run."""
