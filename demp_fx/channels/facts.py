@@ -102,6 +102,14 @@ class Facts:
         values = torch.where(proven.known, proven.values, self.values)
         return Facts(known, values, torch.where(proven.known, proven.profile, self.profile))
 
+    def same_as(self, other: Facts) -> bool:
+        """Whether both say the same."""
+        return (
+            torch.equal(self.known, other.known)
+            and torch.equal(self.values, other.values)
+            and torch.equal(self.profile, other.profile)
+        )
+
     def take(self, index: Tensor) -> Facts:
         """A subset of 1-D facts."""
         return self.map(lambda t: t[index])

@@ -2,7 +2,8 @@
 
 Start with nothing kept but the pins; while something changes, a read with a surviving output keeps
 the inputs that are not dead at it, and an edge keeps what its other side needs. Forward death,
-backward death, residuals and concats are the same few lines.
+backward death, residuals and concats are the same few lines. Blocks are completed at the end: what
+nobody needs fills them up.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blocks import fillers
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.system import Axis, Edge, Read, System
+from demp_fx.channels.system import Axis, Edge, Link, Pin, Read, System
 
 
 def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -54,23 +56,36 @@ def classes(system: System) -> Tensor:
 class Solution:
     """Which atoms stay.
 
-    `keep` (bool, one an atom) is meant to be read through `kept`. `revived`: axes of which every
-    channel could have gone, and that keep one.
+    `keep` and `fill` (bool, one an atom) are meant to be read through `kept`: what is needed, and
+    what only fills a block, with zeros or constants that an edge supplies. `supplied`: the atoms
+    that can be such. `revived`: axes of which every channel could have gone, and that keep one.
     """
 
     system: System
     root: Tensor
     keep: Tensor
+    fill: Tensor
+    supplied: Tensor
     revived: list[Axis] = field(default_factory=list)
     final: Tensor | None = None
 
     def kept(self, atoms: Tensor) -> Tensor:
         """A mask over `atoms`: True where they stay."""
-        return self.keep[self.root[atoms]] if self.final is None else self.final[atoms]
+        if self.final is not None:
+            return self.final[atoms]
+        roots = self.root[atoms]
+        return self.keep[roots] | self.fill[roots]
+
+    def add(self, atoms: Tensor) -> None:
+        """Keep atoms that nobody needs: as zeros where an edge supplies them, else as they are."""
+        roots = self.root[atoms]
+        free = self.supplied[roots]
+        self.fill[roots[free]] = True
+        self.keep[roots[~free]] = True
 
     def settled(self) -> Solution:
         """This solution, no longer to be changed, and faster to ask."""
-        self.final = self.keep[self.root]
+        self.final = (self.keep | self.fill)[self.root]
         return self
 
 
@@ -79,12 +94,12 @@ Indices = npt.NDArray[np.int64]  # numpy indexes small arrays several times fast
 
 @dataclass(slots=True)
 class _Step:
-    """A read or an edge, prepared: any survivor in each of `outputs` keeps `needs` (of an edge,
-    the one at the same place)."""
+    """A read, edge or link, prepared: any survivor in each of `outputs` keeps `needs`; if it goes
+    in `pairs`, one keeps the need at the same place."""
 
     outputs: list[Indices]
     needs: Indices
-    edge: bool
+    pairs: bool
 
 
 def foldable(system: System) -> dict[int, Facts]:
@@ -125,22 +140,43 @@ def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
         root = components(system.atoms, closed)[root]
     keep = torch.zeros(system.atoms, dtype=torch.bool)
     keep[0] = True
-    if system.pins:
-        keep[root[torch.cat([p.atoms for p in system.pins])]] = True
+    for pin in system.pins:
+        if not pin.outputs:
+            keep[root[pin.atoms]] = True
     folds, roots, mask = foldable(system), root.numpy(), keep.numpy()
-    steps = [_prepare(step, roots, folds) for step in system.flow if id(step) not in hard]
+    flow = [*system.flow, *system.links, *(p for p in system.pins if p.outputs)]
+    steps = [_prepare(step, roots, folds) for step in flow if id(step) not in hard]
     steps.reverse()
-    solution = Solution(system, root, keep)
+    solution = Solution(system, root, keep, torch.zeros_like(keep), _supplied(system, root, hard))
     while True:
         _propagate(steps, mask)
-        if not (_revive(solution) or _carry(solution, folds)):
+        if not (_revive(solution) or _complete(solution) or _carry(solution, folds)):
             return solution.settled()
 
 
-def _prepare(step: Read | Edge, root: Indices, folds: dict[int, Facts]) -> _Step:
+def _supplied(system: System, root: Tensor, hard: Set[int]) -> Tensor:
+    """Classes whose channels nothing computes but edges that can supply zeros and constants."""
+    made = torch.ones(system.atoms, dtype=torch.bool)
+    if system.blocks or system.links:
+        for edge in system.edges:
+            if edge.kind != "gather" and id(edge) not in hard:
+                made[edge.target] = False
+        made[root[made.nonzero().reshape(-1)]] = True
+    return ~made
+
+
+def _prepare(step: Read | Edge | Link | Pin, root: Indices, folds: dict[int, Facts]) -> _Step:
+    if isinstance(step, Pin):
+        return _Step([root[o.numpy()] for o in step.outputs], root[step.atoms.numpy()], False)
+    if isinstance(step, Link):
+        gates = step.gate.unsqueeze(1).expand(step.rows.shape).reshape(-1)
+        return _Step([root[step.rows.reshape(-1).numpy()]], root[gates.numpy()], True)
     if isinstance(step, Read):
         dead = dead_at(step, folds)
         needs = step.inputs if dead is None else step.inputs[~dead]
+        if step.gate is not None:
+            gates = step.gate if dead is None else step.gate[~dead]
+            return _Step([root[gates.numpy()]], root[needs.numpy()], True)
         return _Step([root[o.numpy()] for o in step.outputs], root[needs.numpy()], False)
     free = droppable(step)
     source, target = step.source, step.target
@@ -157,7 +193,7 @@ def _propagate(steps: list[_Step], keep: npt.NDArray[np.bool_]) -> None:
         changed, later = False, []
         for step in waiting:
             needs = step.needs
-            if step.edge:
+            if step.pairs:
                 needs = needs[keep[step.outputs[0]]]
                 if needs.size < step.needs.size:
                     later.append(step)
@@ -168,6 +204,20 @@ def _propagate(steps: list[_Step], keep: npt.NDArray[np.bool_]) -> None:
                 keep[needs] = True
                 changed = True
         waiting = later
+
+
+def _complete(solution: Solution) -> bool:
+    """Make blocks equal, and let the rows of a link survive with their gate."""
+    if not (solution.system.blocks or solution.system.links):
+        return False
+    before = int(solution.keep.sum()) + int(solution.fill.sum())
+    for link in solution.system.links:
+        rows, gate = solution.kept(link.rows).any(1), solution.kept(link.gate)
+        solution.add(link.gate[rows & ~gate])
+        solution.add(link.rows[gate & ~rows][:, 0])
+    for blocks in solution.system.blocks:
+        solution.add(blocks.atoms[fillers(solution.kept(blocks.atoms))])
+    return int(solution.keep.sum()) + int(solution.fill.sum()) > before
 
 
 def _revive(solution: Solution) -> bool:
@@ -181,7 +231,7 @@ def _revive(solution: Solution) -> bool:
         if bool(after.any()):
             solution.keep[solution.root[edge.source[after][0]]] = found = True
     axes = solution.system.axes
-    count = solution.keep[solution.root].to(torch.int64).cumsum(0)
+    count = (solution.keep | solution.fill)[solution.root].to(torch.int64).cumsum(0)
     ends = torch.tensor([(axis.start - 1, axis.stop - 1) for axis in axes]).reshape(-1, 2)
     empty = (count[ends[:, 1]] == count[ends[:, 0]]).nonzero().reshape(-1).tolist()
     for k in empty:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class Stream(TorchDispatchMode):
         self.quiet = False
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
+        self.applied = 0  # of the node that runs: how many ops touched channels,
+        self.moves = 0  # how many of them only moved data,
+        self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,
+        self.shaped: list[Tensor] = []  # labels that have become blocks,
+        self.splits = False  # whether an axis was split into blocks,
+        self.opens = False  # and whether its channels go in with blocks, or come out of them
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -75,6 +82,7 @@ class Stream(TorchDispatchMode):
         return out
 
     def _apply(self, call: Call) -> None:
+        self.applied += 1
         try:
             self.rule_of(call.op)(self, call)
         except Exception as error:
@@ -126,9 +134,45 @@ class Stream(TorchDispatchMode):
                     elements = out.numel() // label.numel()
                     self.system.traffic.append(Traffic(label.reshape(-1), elements))
 
-    def pin(self, call: Call, label: Tensor, reason: str) -> None:
-        """Keep the atoms of a label, because of this call."""
-        self.system.pin(label, reason, call.site)
+    def tie(self, label: Tensor, dims: tuple[int, ...], call: Call) -> Tensor:
+        """Let a label no longer vary on `dims`: what is on one line along them is one."""
+        line = label
+        for d in dims:
+            line = line.narrow(d, 0, 1)
+        if line.shape != label.shape:
+            self.system.same(line.expand(label.shape), label, call.site)
+        return line
+
+    def relabel(self, tensor: Tensor, labels: Labels) -> None:
+        """Give a tensor labels that say the same as those it had."""
+        tensor.__dict__["demp"] = replace(self.value(tensor), labels=labels)
+
+    def rows(self, blocks: Tensor) -> Tensor:
+        """A fresh atom for each distinct row of atoms (N, k): whether that block is there."""
+        _, number = blocks.unique(dim=0, return_inverse=True)
+        axis = self.system.fresh(f"{self.site.node}.blocks", -1, int(number.max()) + 1)
+        atoms: Tensor = axis.atoms[number]
+        return atoms
+
+    def firsts(self, gate: Tensor) -> Tensor:
+        """The first index of each distinct atom, in order."""
+        _, number = gate.unique(return_inverse=True)
+        first = torch.full((int(number.max()) + 1,), gate.numel())
+        return first.scatter_reduce(0, number, torch.arange(gate.numel()), "amin").sort().values
+
+    def link(self, rows: Tensor, gate: Tensor, site: Site) -> None:
+        """Tie the survival of rows (N, D) to atoms (N); both may repeat themselves."""
+        first = self.firsts(gate)
+        self.system.link(rows[first], gate[first], site)
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer; None of anything else."""
+        known = self.names.get(id(tensor))
+        return None if known is None else known[0]
+
+    def pin(self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = ()) -> None:
+        """Keep the atoms of a label, because of this call (while it computes any of `outputs`)."""
+        self.system.pin(label, reason, call.site, outputs)
 
     def profile(self) -> int:
         """The number of a new spatial map."""

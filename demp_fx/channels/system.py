@@ -7,6 +7,7 @@ means "no atom". The walk only records; `solve.py` decides.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,11 +66,12 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """These atoms stay."""
+    """These atoms stay: always, or while each of `outputs` has a survivor."""
 
     atoms: Tensor
     reason: str
     site: Site
+    outputs: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,9 @@ class Read:
     """A contraction: whoever computes any of `outputs` needs every input that is not dead.
 
     `outputs` holds one atom tensor for each label of the result; the read happens while each has a
-    survivor. `silent`: inputs whose weights are all zero. `macs` and `weights`: how many
-    multiplications and parameters it has in all.
+    survivor. `gate`, where the inputs come in blocks: for each input the atom of its block, which
+    says whether that block is computed at all. `silent`: inputs whose weights are all zero. `macs`
+    and `weights`: how many multiplications and parameters it has in all.
     """
 
     inputs: Tensor
@@ -99,6 +102,38 @@ class Read:
     macs: int
     weights: int
     site: Site
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """An axis that is split into nested blocks, `atoms` (n1, ..., nk) outer axis first.
+
+    What is left must be such blocks again: each as long as the others of its level, whatever is in
+    it.
+    """
+
+    atoms: Tensor
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Row h of `rows` (H, D) has survivors iff `gate[h]` survives: a head, a group."""
+
+    rows: Tensor
+    gate: Tensor
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """The weight of a grouped convolution: dim 0 in blocks `first` (G, n), of which block g has
+    the channels `second[g]` (G, m) on dim 1."""
+
+    weight: str
+    first: Tensor
+    second: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +165,7 @@ class Traffic:
     elements: int
 
 
-Mark = tuple[int, int, int, int, int]
+Mark = tuple[int, ...]
 
 
 @dataclass
@@ -143,6 +178,9 @@ class System:
     pins: list[Pin] = field(default_factory=list)
     flow: list[Read | Edge] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
+    blocks: list[Blocks] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    groupings: list[Grouping] = field(default_factory=list)
     ties: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64),) * 2
     root: Tensor | None = None
     atoms: int = 1
@@ -168,9 +206,18 @@ class System:
         if a is not b:
             self.sames.append(Same(a.reshape(-1), b.reshape(-1), site))
 
+    def link(self, rows: Tensor, gate: Tensor, site: Site) -> None:
+        """Tie the survival of rows (H, D) to that of the atoms in `gate` (H)."""
+        self.links.append(Link(rows, gate, site))
+
+    @property
+    def _lists(self) -> tuple[list[Any], ...]:
+        return (self.sames, self.pins, self.flow, self.traffic, self.blocks, self.links,
+                self.groupings)  # fmt: skip
+
     def mark(self) -> Mark:
         """How much has been recorded so far."""
-        return len(self.sames), len(self.pins), len(self.flow), len(self.traffic), self.macs
+        return (*map(len, self._lists), self.macs)
 
     def since(self, mark: Mark) -> list[Read | Edge]:
         """The reads and edges recorded after a mark."""
@@ -178,8 +225,9 @@ class System:
 
     def forget(self, mark: Mark) -> None:
         """Drop what was recorded after a mark; atoms that were given out stay."""
-        sames, pins, flow, traffic, self.macs = mark
-        del self.sames[sames:], self.pins[pins:], self.flow[flow:], self.traffic[traffic:]
+        *lengths, self.macs = mark
+        for recorded, length in zip(self._lists, lengths, strict=True):
+            del recorded[length:]
 
     def close(self) -> None:
         """Join all that was tied; where one side has no atom, pin the other one instead."""
@@ -197,8 +245,8 @@ class System:
         tied = (a != 0) & (b != 0) & (a != b)
         self.ties = a[tied], b[tied]
 
-    def pin(self, atoms: Tensor, reason: str, site: Site) -> None:
-        """Keep `atoms`, and say why."""
+    def pin(self, atoms: Tensor, reason: str, site: Site, outputs: tuple[Tensor, ...] = ()) -> None:
+        """Keep `atoms` (while each of `outputs` has a survivor), and say why."""
         atoms = atoms.reshape(-1)
         if atoms.numel():
-            self.pins.append(Pin(atoms, reason, site))
+            self.pins.append(Pin(atoms, reason, site, tuple(o.reshape(-1) for o in outputs)))

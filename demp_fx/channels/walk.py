@@ -17,11 +17,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from demp_fx.channels.blocks import nested
+from demp_fx.channels.chains import Chains, is_flat, tensors_of
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import along, varying
+from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.stream import Rule, Shape, Stream
-from demp_fx.channels.system import Edge, Mark, Read, Site, System
+from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
 from demp_fx.channels.value import Value
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
@@ -58,6 +60,8 @@ class Walk(Stream):
         self.env: dict[fx.Node, Any] = {}
         self.real: Callable[[], AbstractContextManager[None]] = nullcontext
         self.cut_at: dict[int, int] = {}
+        self.exits: set[fx.Node] = set()
+        self.chains = Chains(graph, self.env)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
 
@@ -78,6 +82,7 @@ class Walk(Stream):
                     self._output(node)
                 else:
                     self.env[node] = self._node(node)
+            self._settle()
         self.system.close()
         return self.system
 
@@ -93,22 +98,68 @@ class Walk(Stream):
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
-        lost = self._lost(start, before, out) if self.with_facts else []
-        if lost and (self.versions == versions or all(len(n.users) == 1 for n in lost)):
+        again = set(self._lost(start, before, out)) if self.with_facts else set()
+        if self.splits or self.unfit:
+            again |= {n for n, value in before.items() if value.labels and n.op != "get_attr"}
+        if again and (self.versions == versions or all(len(n.users) == 1 for n in again)):
             self.system.forget(start)
             self.versions = versions
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
-            entered = {n: self._enter(n, node, n in lost) for n in node.all_input_nodes}
+            entered = {n: self._enter(n, node, n in again) for n in node.all_input_nodes}
             out = self._call(node, entered)
+        self.env[node] = out
+        if self.opens:
+            self.exits.add(node)
+        self._shapes(node)
         if node.name in self.observed and isinstance(out, Tensor) and out.dim() > 1:
             dim, seen = self.observed[node.name]
             value = self.value(out)
             value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
 
+    def _shapes(self, node: fx.Node) -> None:
+        """What a node does with the shape of its input: goes on with a chain, or makes blocks."""
+        inputs = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
+        if self.applied == self.moves and len(inputs) == 1:
+            source = inputs[0]
+            flat = is_flat(self._labels(source))
+            if source in self.chains.open or (flat and (self.splits or self.unfit)):
+                if not self.chains.extend(node, source, self._labels(node), bool(self.unfit)):
+                    self._pin(self.env[node], "its channels are rearranged with another axis")
+                return
+        for label, reason in self.unfit:
+            self.system.pin(label, reason, self.site)
+        for label in self.shaped:
+            self._blocks(label)
+
+    def _labels(self, node: fx.Node) -> Labels:
+        return tuple(x for t in tensors_of(self.env[node]) for x in self.value(t).labels)
+
+    def _blocks(self, label: Tensor) -> None:
+        atoms = nested(label)
+        if atoms is None:
+            self.system.pin(label, "its channels are rearranged with another axis", self.site)
+        elif atoms.dim() > 1:
+            self.system.blocks.append(Blocks(atoms, self.site))
+
+    def _settle(self) -> None:
+        """Chains that are used on their way: their blocks stay equal."""
+        for node, broken in self.chains.settle(lambda user: user.target in SIZES):
+            self.site = Site(str(node.op), node.name, node.meta.get("source"))
+            if broken:
+                self._pin(self.env[node], "its channels are rearranged with another axis")
+            else:
+                for label in self._labels(node):
+                    self._blocks(label)
+
     def _call(self, node: fx.Node, entered: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), entered.__getitem__)
+        if node.target is operator.getitem and isinstance(args[0], Tensor):
+            args = (args[0], _as_tensors(args[1]))
+        self.moves = self.applied = 0
+        self.unfit, self.shaped = [], []
+        self.splits = self.opens = False
         try:
             with self:
                 if node.op == "call_module":
@@ -168,7 +219,7 @@ class Walk(Stream):
         if spread:
             return self._cut(n, user, tensor, value, "spread")
         readers = sum(1 for reader in n.users if reader.target not in SIZES)
-        if readers > 1 or self._smaller(tensor, value):
+        if readers > 1 or n in self.exits or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
         return tensor
 
@@ -251,6 +302,13 @@ class Walk(Stream):
         for label in value.labels:
             self.system.pin(label, reason, self.site)
         value.known = None
+
+
+def _as_tensors(index: Any) -> Any:
+    """An index with tensors in the places of lists: their numbers are then seen."""
+    if isinstance(index, tuple):
+        return tuple(_as_tensors(i) for i in index)
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _repeats(label: Tensor) -> bool:

@@ -11,7 +11,9 @@ Rule = Callable[[Any], dict[str, Any]]
 
 
 def _conv(m: Any) -> dict[str, Any]:
-    groups = m.groups if m.groups == 1 else m.weight.shape[0] // max(1, m.out_channels // m.groups)
+    # in a depthwise convolution each filter, or each few of them, is a group of its own
+    depthwise = m.groups == m.in_channels and m.weight.shape[1] == 1
+    groups = m.weight.shape[0] // (m.out_channels // m.groups) if depthwise else m.groups
     return {"out_channels": m.weight.shape[0], "in_channels": m.weight.shape[1] * groups,
             "groups": groups}  # fmt: skip
 
@@ -29,6 +31,17 @@ def _batch_norm(m: Any) -> dict[str, Any]:
     return {} if known is None else {"num_features": known.shape[0]}
 
 
+def _group_norm(m: Any) -> dict[str, Any]:
+    if m.weight is None:
+        return {}
+    size = m.weight.shape[0]
+    return {"num_channels": size, "num_groups": size // (m.num_channels // m.num_groups)}
+
+
+def _layer_norm(m: Any) -> dict[str, Any]:
+    return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
+
+
 ROWS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
@@ -36,12 +49,27 @@ ROWS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     ((nn.modules.batchnorm._NormBase,), _batch_norm),
     (nn.Embedding, lambda m: {"num_embeddings": m.weight.shape[0],
                               "embedding_dim": m.weight.shape[1]}),
+    (nn.GroupNorm, _group_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
 )  # fmt: skip
 
 
-def sizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes of a layer that follow from the shapes of its parameters."""
+def _grouped(m: Any, groups: int) -> dict[str, Any]:
+    own, others = m.weight.shape[0], m.weight.shape[1] * groups
+    if isinstance(m, nn.modules.conv._ConvTransposeNd):
+        return {"groups": groups, "in_channels": own, "out_channels": others}
+    return {"groups": groups, "in_channels": others, "out_channels": own}
+
+
+def sizes(module: nn.Module, groups: int | None) -> Iterator[tuple[str, Any]]:
+    """The attributes of a layer that follow from the shapes of its parameters.
+
+    `groups`: how many are left of a grouped convolution's, where those have become narrower.
+    """
+    if groups is not None:
+        yield from _grouped(module, groups).items()
+        return
     for kinds, rule in ROWS:
         if isinstance(module, kinds):
             yield from rule(module).items()

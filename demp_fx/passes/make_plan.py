@@ -17,6 +17,7 @@ from demp_fx.errors import DempError
 from demp_fx.passes.narrow import narrow
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
+from demp_fx.passes.resize import MisfitError
 
 
 @dataclass
@@ -47,11 +48,13 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
     pinned: set[fx.Node] = set()
     while True:
         solution = decide(walked.system, cuts)
-        plan = plan_of(walked, solution)
-        module = narrow(graph, plan)
         try:
+            plan = plan_of(walked, solution)
+            module = narrow(graph, plan)
             after = walk(module, with_facts=False)
             misfit = _misfit(walked, plan, after)
+        except MisfitError as refusal:
+            misfit = refusal.node
         except RefusalError as refusal:
             misfit = _original(graph, refusal.node)
         if misfit is None:

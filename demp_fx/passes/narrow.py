@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from demp_fx.errors import UsageError
 from demp_fx.passes.layers import sizes
-from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Spread, Sum
+from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Selection, Spread, Sum
 from demp_fx.tracing.module import TracedModule, assemble
 
 
@@ -54,7 +54,7 @@ class _Weights:
         self.names: dict[int, str] = {}
         for name, tensor in itertools.chain(graph.named_parameters(), graph.named_buffers()):
             self.names.setdefault(id(tensor), name)
-        self.keep = plan.keep
+        self.keep, self.grouped = plan.keep, plan.grouped
         self.folds: dict[str, list[Folding]] = defaultdict(list)
         self.weights = dict(graph.named_parameters()) if plan.folds else {}
         for fold in plan.folds:
@@ -70,7 +70,7 @@ class _Weights:
             data = old.detach()
             if name in self.folds:
                 data = self._folded(data, self.folds[name])
-            data = select(data, self.keep.get(name, {}))
+            data = select(data, self.keep.get(name, {}), self.grouped.get(name))
             if data.untyped_storage().data_ptr() == old.untyped_storage().data_ptr():
                 data = data.clone()
             new = data
@@ -100,7 +100,8 @@ class _Weights:
         new = self.modules.get(id(old))
         if new is None:
             new = self.modules[id(old)] = self.fill(shallow(old), old)
-            for key, value in sizes(new):
+            groups = self.grouped.get(self.names.get(id(getattr(old, "weight", None)), ""))
+            for key, value in sizes(new, None if groups is None else len(groups)):
                 if getattr(new, key) != value:
                     setattr(new, key, value)
         return new
@@ -125,15 +126,25 @@ def shallow(module: nn.Module) -> nn.Module:
     return new
 
 
-def select(tensor: Tensor, keep: dict[int, list[int]]) -> Tensor:
-    """The entries of `tensor` at the kept indices of each dim; memory format and dtype stay."""
-    if not keep:
+def select(
+    tensor: Tensor, keep: dict[int, list[int]], grouped: list[list[int]] | None = None
+) -> Tensor:
+    """The entries of `tensor` at the kept indices of each dim; memory format and dtype stay.
+
+    `grouped`: other indices of dim 1 in each of equal blocks of what is left of dim 0.
+    """
+    if not keep and grouped is None:
         return tensor
     last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(
         memory_format=torch.channels_last
     )  # fmt: skip
     for dim, indices in sorted(keep.items(), key=lambda item: len(item[1]) / tensor.size(item[0])):
         tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+    if grouped is not None:
+        index = torch.tensor(grouped, device=tensor.device)
+        rows = index.repeat_interleave(tensor.size(0) // len(grouped), 0)
+        rows = rows.reshape(*rows.shape, *[1] * (tensor.dim() - 2))
+        tensor = tensor.gather(1, rows.expand(*rows.shape[:2], *tensor.shape[2:]))
     return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
@@ -150,6 +161,8 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
     shared: dict[tuple[str, int, tuple[int, ...]], fx.Node] = {}
     for literal in plan.literals:
         _set(named[literal.node], literal)
+    for selection in plan.selections:
+        _select(new, selection, named, constants)
     for gather in plan.gathers:
         _gather(new, gather, named, constants, shared)
     for spread in plan.spreads:
@@ -160,6 +173,10 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
         consumer.replace_input_with(chain[0], put)
     for total in plan.sums:
         _sum(new, total, named, constants)
+    for selection in plan.selections:
+        for name in reversed(selection.path):
+            if name in named and not named[name].users:
+                new.erase_node(named.pop(name))
     new.lint()
     return new
 
@@ -204,7 +221,7 @@ def _replaced(container: Any, path: list[int | str], value: Any) -> Any:
         return value
     head, *rest = path
     if isinstance(container, dict) or hasattr(container, "items"):
-        return {**container, head: _replaced(container[head], rest, value)}
+        return {**container, head: _replaced(container.get(head), rest, value)}
     entries = list(container)
     entries[head] = _replaced(entries[head], rest, value)  # type: ignore[index]
     return tuple(entries) if isinstance(container, tuple) else entries
@@ -217,19 +234,44 @@ def _gather(
     producer, consumer = named[gather.producer], named[gather.consumer]
     key = (gather.producer, gather.dim, tuple(gather.index))
     if key not in shared:
-        first, last, size = gather.index[0], gather.index[-1], len(gather.index)
         name = f"{gather.producer}_keep{len(shared)}"
-        with graph.inserting_after(producer):
-            if last - first + 1 == size:
-                shared[key] = graph.call_function(torch.narrow, (producer, gather.dim, first, size))
-            else:
-                index = constants.add(graph, name, gather.index, [-1])
-                with graph.inserting_after(index):
-                    shared[key] = graph.call_function(
-                        torch.index_select, (producer, gather.dim, index)
-                    )
+        with graph.inserting_before(producer.next):
+            shared[key] = _pick(graph, producer, gather.dim, gather.index, name, constants)
         shared[key].meta = {k: v for k, v in producer.meta.items() if k == "source"}
     consumer.replace_input_with(producer, shared[key])
+
+
+def _pick(
+    graph: fx.Graph, source: fx.Node, dim: int, index: list[int], name: str, constants: _Constants
+) -> fx.Node:
+    """Channels of a value, as a view where they are a run (at the insertion point)."""
+    first, size = index[0], len(index)
+    if index == list(range(first, first + size)):
+        return graph.call_function(torch.narrow, (source, dim, first, size))
+    numbers = constants.add(graph, name, index, [-1])
+    return graph.call_function(torch.index_select, (source, dim, numbers))
+
+
+def _select(
+    graph: fx.Graph, selection: Selection, named: dict[str, fx.Node], constants: _Constants
+) -> None:
+    """One `index_select` in the place of movements; the old ones are erased later, if unused."""
+    old = named[selection.node]
+    with graph.inserting_before(old):
+        new = _pick(graph, named[selection.producer], selection.dim, selection.index,
+                    f"{selection.node}_keep", constants)  # fmt: skip
+        if selection.places is not None:
+            wide = Spread(
+                producer="", consumer="", dim=selection.dim, rank=selection.rank,
+                size=selection.size, places=selection.places, shift=selection.shift,
+            )  # fmt: skip
+            new = _spread(graph, new, wide, constants, selection.node)
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    named[selection.node] = new
+    for name in reversed(selection.path):
+        if name == selection.node:
+            graph.erase_node(old)
 
 
 def _sum(graph: fx.Graph, total: Sum, named: dict[str, fx.Node], constants: _Constants) -> None:

@@ -53,6 +53,24 @@ class Sum(_Data):
     shift: list[float] | None
 
 
+class Selection(_Data):
+    """Data movements that end in an arrangement of a node's channels, as one `index_select`.
+
+    `node` becomes the channels `index` of `producer` on `dim`. `places`: where they go among
+    `size`, if some come from nowhere; `shift`: the constants that those are, if not zeros.
+    """
+
+    node: str
+    producer: str
+    path: list[str]
+    dim: int
+    index: list[int]
+    rank: int
+    size: int
+    places: list[int] | None = None
+    shift: list[float] | None = None
+
+
 class Folding(_Data):
     """Constants of the input channels `dropped` of a weight move elsewhere.
 
@@ -89,16 +107,20 @@ class PruningPlan(_Data):
 
     `keep`: for each parameter and buffer that gets narrower, by dim, the indices kept. `nodes`: for
     each node of the graph, by dim, the new size. The rest is how the graph is changed around them.
-    `shapes`: the original shape of each parameter in `keep`, to tell whether a checkpoint fits.
+    `grouped`: for each weight of a grouped convolution, by group that is left, the indices kept on
+    dim 1. `shapes`: the original shape of each parameter that gets narrower, to tell whether a
+    checkpoint fits.
     """
 
     version: int = 1
     keep: dict[str, dict[int, list[int]]] = {}
+    grouped: dict[str, list[list[int]]] = {}
     nodes: dict[str, dict[int, int]] = {}
     literals: list[Literal] = []
     gathers: list[Gather] = []
     sums: list[Sum] = []
     spreads: list[Spread] = []
+    selections: list[Selection] = []
     folds: list[Folding] = []
     shapes: dict[str, list[int]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,20 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from demp_fx.channels.blocks import dim_masks, outer_to_inner
+from demp_fx.channels.chains import tensors_of
 from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
 from demp_fx.channels.solve import Solution, by_bias, foldable, independent
 from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.walk import SIZES, Walk
-from demp_fx.passes.plan import Folding, Gather, PruningPlan, Spread, Sum
-from demp_fx.passes.resize import Masks, Sizes, literals
+from demp_fx.passes.plan import Folding, Gather, PruningPlan, Selection, Spread, Sum
+from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars
 
 CATS = {torch.cat, torch.concat, torch.concatenate}
 
 
 def plan_of(walk: Walk, solution: Solution) -> PruningPlan:
-    """The plan that carries out a solution on the graph that was walked."""
+    """The plan that carries out a solution on the graph that was walked.
+
+    Raises `MisfitError` where a node cannot do with the sizes that it would get.
+    """
     return _Planner(walk, solution).plan()
 
 
@@ -30,10 +36,13 @@ def plan_of(walk: Walk, solution: Solution) -> PruningPlan:
 class _Planner:
     walk: Walk
     solution: Solution
-    cache: dict[fx.Node, Masks] = field(default_factory=dict)
+    cache: dict[fx.Node, tuple[Masks, set[int]]] = field(default_factory=dict)
+    dropped: set[fx.Node] = field(default_factory=set)
 
     def plan(self) -> PruningPlan:
         plan = PruningPlan()
+        self.dropped = self._dropped()
+        self._groupings(plan)
         for axis in self.walk.system.axes:
             value = self.walk.params.get(axis.owner)
             if value is None or axis.dim < 0 or value.data is None:
@@ -42,7 +51,7 @@ class _Planner:
             if not bool(mask.all()):
                 plan.keep.setdefault(axis.owner, {})[axis.dim] = _indices(mask)
                 plan.shapes[axis.owner] = list(value.data.shape)
-        sizes = Sizes(self.walk.env, self.masks)
+        sizes = Sizes(self.walk.env, self.masks, self.seen, lambda node: self._cached(node)[1])
         for node in self.walk.env:
             new = sizes.new(node)
             if new:
@@ -56,33 +65,119 @@ class _Planner:
                 plan.folds += self._fold(read)
         return plan
 
+    def _groupings(self, plan: PruningPlan) -> None:
+        """Which inputs each block of filters of a grouped convolution keeps."""
+        for grouping in self.walk.system.groupings:
+            second = self.solution.kept(grouping.second)
+            alive = second.any(1)
+            if not bool(second.all()):
+                plan.grouped[grouping.weight] = [_indices(mask) for mask in second[alive]]
+                value = self.walk.params[grouping.weight].data
+                assert value is not None
+                plan.shapes[grouping.weight] = list(value.shape)
+
     def masks(self, node: fx.Node) -> Masks:
         """Which indices of each narrower dim of a node's value stay, by its own labels."""
-        found = self.cache.get(node)
-        if found is None:
-            found = self.cache[node] = self._masks(self.walk.env.get(node))
+        return self._cached(node)[0]
+
+    @functools.cached_property
+    def _into(self) -> dict[tuple[str, str], list[Edge]]:
+        """The edges between two nodes."""
+        found: dict[tuple[str, str], list[Edge]] = defaultdict(list)
+        for edge in self.walk.system.edges:
+            found[edge.producer, edge.consumer].append(edge)
         return found
 
-    def _masks(self, tensor: Any) -> Masks:
+    def seen(self, node: fx.Node, source: fx.Node) -> Masks:
+        """`masks` of an input as `node` gets it: behind the edge between them, if there is one."""
+        masks = dict(self.masks(source))
+        for edge in self._into.get((source.name, node.name), ()):
+            masks[edge.dim] = self.solution.kept(edge.target)
+        return {d: mask for d, mask in masks.items() if not bool(mask.all())}
+
+    def _cached(self, node: fx.Node) -> tuple[Masks, set[int]]:
+        found = self.cache.get(node)
+        if found is None:
+            value = self.walk.env.get(node)
+            found = self.cache[node] = ({}, set())
+            if isinstance(value, Tensor) and node not in self.dropped:
+                self.cache[node] = found = self._masks(node, value)
+        return found
+
+    def _masks(self, node: fx.Node, tensor: Tensor) -> tuple[Masks, set[int]]:
         masks: Masks = {}
-        if isinstance(tensor, Tensor):
-            for label in self.walk.value(tensor).labels:
-                dims = varying(label)
-                mask = self.solution.kept(label.reshape(-1))
-                if len(dims) == 1 and not bool(mask.all()):
-                    masks[dims[0]] = masks.get(dims[0], torch.ones_like(mask)) & mask
-        return masks
+        ragged: set[int] = set()
+        for label in self.walk.value(tensor).labels:
+            kept = self.solution.kept(label)
+            if bool(kept.all()):
+                continue
+            dims = varying(label)
+            here = {dims[0]: kept.reshape(-1)}
+            if len(dims) > 1:
+                found = dim_masks(kept, outer_to_inner(label))
+                if found is None:
+                    raise MisfitError(node)
+                here, uneven = found
+                ragged |= uneven
+            for d, mask in here.items():
+                masks[d] = masks.get(d, torch.ones_like(mask)) & mask
+        return {d: mask for d, mask in masks.items() if not bool(mask.all())}, ragged
+
+    # -- arrangements ---------------------------------------------------------------------------
+
+    def _dropped(self) -> set[fx.Node]:
+        """Movements that are replaced, and what leads to them alone."""
+        chains, dropped = self.walk.chains, set()
+        for node, end in chains.selections.items():
+            labels = [x for t in tensors_of(self.walk.env[end.path[0]])
+                      for x in self.walk.value(t).labels]  # fmt: skip
+            if not all(bool(self.solution.kept(x).all()) for x in labels):
+                dropped |= {node} | (set(end.path) & chains.loose)
+        return dropped
+
+    def _selections(self, layouts: dict[tuple[str, int], Tensor]) -> list[Selection]:
+        found = []
+        for node, end in self.walk.chains.selections.items():
+            if node not in self.dropped:
+                continue
+            label = next(x for x in self.walk.value(self.walk.env[node]).labels
+                         if varying(x) == (end.dim,))  # fmt: skip
+            kept = self.solution.kept(label.reshape(-1))
+            own = _mask(self.masks(end.source), self.walk.env[end.source], end.dim)
+            layout = layouts.get((end.source.name, end.dim), own)
+            index = end.index[kept]
+            there = layout[index]
+            rank = (layout.to(torch.int64).cumsum(0) - 1)[index[there]]
+            edges = self._into.get((end.source.name, end.path[0].name), [])
+            edge = next((e for e in edges if e.dim == end.dim), None)
+            shift = None
+            if edge is not None and edge.facts is not None and not bool(there.all()):
+                values = torch.where(there, 0.0, edge.facts.values[0][index])
+                shift = values.tolist() if bool((values != 0).any()) else None
+            found.append(
+                Selection(
+                    node=node.name, producer=end.source.name, dim=end.dim, index=rank.tolist(),
+                    path=[n.name for n in end.path if n in self.dropped],
+                    rank=self.walk.env[node].dim(), size=int(kept.sum()), shift=shift,
+                    places=None if bool(there.all()) else _indices(there),
+                )
+            )  # fmt: skip
+        return found
 
     # -- cuts -----------------------------------------------------------------------------------
 
     def _edges(self, plan: PruningPlan) -> None:
         """Turn every edge with different channels on its two sides into a gather or a sum."""
         if not cut_edges(self.solution, self.walk.system.edges):
+            plan.selections = self._selections({})
             return
         kept = self.solution.kept
         into: dict[str, list[Edge]] = defaultdict(list)
         wanted: dict[tuple[str, str, int], Tensor] = {}
+        dropped = {node.name for node in self.dropped}
         for edge in self.walk.system.edges:
+            if edge.consumer in dropped:
+                continue
             want = kept(edge.target)
             into[edge.consumer].append(edge)
             wanted[edge.producer, edge.consumer, edge.dim] = (
@@ -99,6 +194,7 @@ class _Planner:
             operands = [e for e in into.get(node.name, ()) if e.kind == "sum"]
             if len(operands) == 2:
                 plan.sums += self._sum(node, operands)
+        plan.selections = self._selections(layouts)
         for (producer, consumer, dim), want in wanted.items():
             layout = layouts[producer, dim]
             if not torch.equal(layout, want):
@@ -136,9 +232,11 @@ class _Planner:
         """Zeros and constants that are put back in front of a node."""
         after = self.solution.kept(edge.target)
         own = self.solution.kept(edge.source)[after]
-        if bool(own.all()) or edge.facts is None:
+        if bool(own.all()):
             return []
-        shift = torch.where(own, 0.0, edge.facts.values[0][after])
+        shift = torch.zeros(own.numel(), dtype=torch.float64)
+        if edge.facts is not None:
+            shift = torch.where(own, 0.0, edge.facts.values[0][after])
         return [
             Spread(
                 producer=edge.producer, consumer=node.name, dim=edge.dim,

@@ -15,21 +15,43 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from demp_fx.errors import DempError
 from demp_fx.passes.plan import Literal
 
 Masks = dict[int, Tensor]
 
 
+class MisfitError(DempError):
+    """A node's code does not take the sizes that its values would get."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(f"node {node.name!r} cannot be narrowed so")
+        self.node = node
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """What a row may ask: the example value of a node, and which indices of its dims stay."""
+    """What a row may ask: the example value of a node, and which indices of its dims stay.
+
+    `seen`: the same of an input, as a node gets it (behind a cut, say). `ragged`: dims on which
+    other indices stay in each block, though as many of them.
+    """
 
     env: Mapping[fx.Node, Any]
     masks: Callable[[fx.Node], Masks]
+    seen: Callable[[fx.Node, fx.Node], Masks]
+    ragged: Callable[[fx.Node], set[int]]
 
     def new(self, node: fx.Node) -> dict[int, int]:
         """The new size of each dim of a node's value that gets narrower."""
         return {d: int(mask.sum()) for d, mask in self.masks(node).items()}
+
+    def cut(self, node: fx.Node, source: fx.Node, dim: int) -> Tensor | None:
+        """Which indices of a dim of `source` stay, to tell where `node` cuts it."""
+        dim %= self.env[source].dim()
+        if dim in self.ragged(source):
+            raise MisfitError(node)
+        return self.seen(node, source).get(dim)
 
 
 Row = Callable[[fx.Node, Sizes], Iterator[Literal]]
@@ -52,7 +74,9 @@ def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         if len(given) != len(shape):
             return
         if isinstance(given[d], fx.Node) or given[d] not in (-1, n):
-            yield Literal(node=node.name, path=[*path(d)], value=n)
+            # a size of the input, such as the batch, may be in it: then let torch work it out
+            free = isinstance(given[d], fx.Node) and -1 not in given and len(new) == 1
+            yield Literal(node=node.name, path=[*path(d)], value=-1 if free else n)
 
 
 def _variadic(
@@ -76,9 +100,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> tuple[li
 
 def _pieces(node: fx.Node, sizes: Sizes, dim: Any) -> list[int] | None:
     """The new sizes of the pieces of a split, or None where they stay."""
-    source = node.all_input_nodes[0]
-    rank = sizes.env[source].dim()
-    mask = sizes.masks(source).get(dim % rank)
+    mask = sizes.cut(node, node.all_input_nodes[0], dim)
     if mask is None:
         return None
     lengths = [piece.size(dim) for piece in sizes.env[node]]
@@ -108,7 +130,7 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     source, index = node.args
     if not isinstance(source, fx.Node) or not isinstance(sizes.env[source], Tensor):
         return
-    masks = sizes.masks(source)
+    masks = sizes.seen(node, source)
     if not masks:
         return
     entries = index if isinstance(index, tuple) else (index,)
@@ -122,7 +144,10 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
             continue
         path: list[int | str] = ["args", 1, k] if isinstance(index, tuple) else ["args", 1]
         mask = masks.get(dim)
-        if mask is not None and isinstance(entry, slice):
+        whole = isinstance(entry, slice) and entry == slice(None)
+        if mask is not None and not whole:
+            mask = sizes.cut(node, source, dim)
+        if mask is not None and isinstance(entry, slice) and not whole:
             start, stop, step = entry.indices(mask.numel())
             span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
             yield Literal(node=node.name, path=path, value=span, slice=True)
@@ -138,7 +163,7 @@ def _place(mask: Tensor, index: int) -> int:
 def _narrow(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     source = node.all_input_nodes[0]
     _, dim = _argument(node, 1, "dim", 0)
-    mask = sizes.masks(source).get(dim % sizes.env[source].dim())
+    mask = sizes.cut(node, source, dim)
     if mask is not None:
         (place, start), (extent, length) = (
             _argument(node, 2, "start", 0), _argument(node, 3, "length", 0)
@@ -151,7 +176,7 @@ def _narrow(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     source = node.all_input_nodes[0]
     _, dim = _argument(node, 1, "dim", 0)
-    mask = sizes.masks(source).get(dim % sizes.env[source].dim())
+    mask = sizes.cut(node, source, dim)
     if mask is not None:
         path, index = _argument(node, 2, "index", 0)
         yield Literal(node=node.name, path=path, value=_place(mask, index))
@@ -160,9 +185,19 @@ def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 def _groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """A functional depthwise convolution: as many groups as channels."""
     path, groups = _argument(node, 6, "groups", 1)
-    mask = sizes.masks(node.all_input_nodes[0]).get(1)
+    mask = sizes.seen(node, node.all_input_nodes[0]).get(1)
     if groups != 1 and mask is not None and groups == mask.numel():
         yield Literal(node=node.name, path=path, value=int(mask.sum()))
+
+
+def _attention(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """Its default scale is that of the width that the heads had."""
+    query = node.args[0]
+    if not isinstance(query, fx.Node) or node.kwargs.get("scale") is not None:
+        return
+    rank, width = sizes.env[query].dim(), sizes.env[query].size(-1)
+    if rank - 1 in sizes.seen(node, query):
+        yield Literal(node=node.name, path=["kwargs", "scale"], value=float(width) ** -0.5)
 
 
 F = torch.nn.functional
@@ -174,6 +209,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(("select", torch.select), _select),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
     operator.getitem: _getitem,
+    F.scaled_dot_product_attention: _attention,
 }
 # Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
 SIZED = {target for target, row in ROWS.items() if row in (_shape, _split, _chunk)}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from demp_fx.passes.narrow import select
 from demp_fx.passes.plan import PruningPlan
 
+Cut = tuple[dict[int, list[int]], list[list[int]] | None]
+
 
 def repoint(
     optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, plan: PruningPlan
@@ -22,12 +24,13 @@ def repoint(
     """
     names = {id(p): name for name, p in old.named_parameters()}
     twins = dict(new.named_parameters(remove_duplicate=False))
-    moves: dict[Tensor, tuple[Tensor, dict[int, list[int]]]] = {}
+    moves: dict[Tensor, tuple[Tensor, Cut]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             twin = twins.get(names.get(id(p), ""))
             if twin is not None:
-                moves[p] = twin, plan.keep.get(names[id(p)], {})
+                name = names[id(p)]
+                moves[p] = twin, (plan.keep.get(name, {}), plan.grouped.get(name))
     state: dict[Tensor, Any] = {
         moves[p][0]: {key: _sliced(value, p, moves[p][1]) for key, value in entries.items()}
         for p, entries in optimizer.state.items()
@@ -40,8 +43,10 @@ def repoint(
         group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
 
 
-def _sliced(value: object, parameter: Tensor, keep: dict[int, list[int]]) -> object:
+def _sliced(value: object, parameter: Tensor, cut: Cut) -> object:
     if not isinstance(value, Tensor) or value.dim() != parameter.dim():
         return value
+    keep, grouped = cut
     shared = {d: k for d, k in keep.items() if value.size(d) == parameter.size(d)}
-    return select(value, shared).clone() if shared else value
+    grouped = grouped if value.shape[:2] == parameter.shape[:2] else None
+    return select(value, shared, grouped).clone() if shared or grouped else value

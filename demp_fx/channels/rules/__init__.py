@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from demp_fx.channels.rules import contract, couple, move, norm, pointwise
+from demp_fx.channels.rules import contract, convolution, couple, move, norm, pointwise
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
@@ -16,6 +16,7 @@ RULES: dict[str, Rule] = {
     **move.RULES,
     **pointwise.RULES,
     **contract.RULES,
+    **convolution.RULES,
     **norm.RULES,
     **couple.RULES,
 }
@@ -23,6 +24,7 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
     **move.SHAPES,
     **pointwise.SHAPES,
     **contract.SHAPES,
+    **convolution.SHAPES,
     **norm.SHAPES,
 }
 

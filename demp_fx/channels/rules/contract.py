@@ -5,39 +5,20 @@ The rows of the table are equations in einsum letters; `convolution` is "bi*,oi*
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.blocks import rows_of
 from demp_fx.channels.labels import along, moved, varying
-from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
+from demp_fx.channels.rules.known import constants, empty_slices, zero_at
+from demp_fx.channels.rules.operand import Operand
+from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Fold, Read
 from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """One operand of a contraction: its dims by letter, and its labels by letter."""
-
-    tensor: Tensor
-    letters: str
-
-    def labels(self, walk: Stream, letter: str) -> list[Tensor]:
-        """Its labels that vary on a letter's dim."""
-        d = self.letters.find(letter)
-        return [label for label in walk.value(self.tensor).labels if d in varying(label)]
-
-    def single(self, walk: Stream, letter: str) -> Tensor | None:
-        """Its one label on a letter, where that label varies nowhere else (1-D)."""
-        found = self.labels(walk, letter)
-        if len(found) == 1 and len(varying(found[0])) == 1:
-            return found[0].reshape(-1)
-        return None
+Keyed = dict[tuple[int, ...], Tensor]
 
 
 def contract(equation: str, bias: str | None = None) -> Rule:
@@ -63,11 +44,38 @@ def meet(
     """
     out = call.outputs[0]
     place = {letter: k for k, letter in enumerate(result)}
-    labels: dict[tuple[int, ...], Tensor] = {}
+    shared = set(a.letters) & set(b.letters)
+    batch = next(iter(shared & set(result)), None)
+    gate = None if batch is None else _gate(walk, call, a, b, batch)
+    labels = _kept(walk, call, a, b, place)
+    if batch is not None and gate is not None:
+        if any(place[batch] in key and len(key) > 1 for key in labels):
+            labels.pop((place[batch],), None)  # the rows of the others say it all
+        else:
+            labels[place[batch],] = along(gate, out.dim(), place[batch])
+    if bias is not None:
+        add_bias(walk, call, labels, bias, out)
+    read = None
+    for letter in shared - set(result):
+        macs = macs or out.numel() * a.tensor.size(a.dim(letter))
+        outputs = tuple(label.reshape(-1) for label in labels.values())
+        if gate is None or batch is None:
+            _tie_others(walk, call, a, b, letter)
+            read = _read(walk, call, a, b, letter, outputs, bias, padded, macs)
+        else:
+            _read_rows(walk, call, a, b, (batch, letter), gate, outputs, macs)
+    walk.system.macs += macs
+    facts = constants(walk, a, b, result, bias, padded, read) if walk.with_facts else None
+    walk.give(out, tuple(labels.values()), facts)
+
+
+def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]) -> Keyed:
+    """The labels of the result, by the dims on which they vary."""
+    labels: Keyed = {}
     for operand in (a, b):
         dims = {d: place[x] for d, x in enumerate(operand.letters) if x in place}
         for label in walk.value(operand.tensor).labels:
-            kept = moved(label, dims, out.dim())
+            kept = moved(label, dims, call.outputs[0].dim())
             if kept is None:
                 continue
             key = varying(kept)
@@ -75,30 +83,44 @@ def meet(
                 walk.system.same(labels[key], kept, call.site)
             else:
                 labels[key] = kept
-    for letter in set(a.letters) & set(b.letters) & set(result):
-        _shared(walk, call, a, b, letter)
-    if bias is not None:
-        _bias(walk, call, labels, bias, out)
-    read = None
-    for letter in (set(a.letters) & set(b.letters)) - set(result):
-        macs = macs or out.numel() * a.tensor.size(a.letters.find(letter))
-        read = _read(walk, call, a, b, letter, tuple(labels.values()), bias, padded, macs)
-    walk.system.macs += macs
-    facts = _constants(walk, a, b, result, bias, padded, read) if walk.with_facts else None
-    walk.give(out, tuple(labels.values()), facts)
+    return labels
 
 
-def _shared(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -> None:
-    """A batch letter: both operands must have its channels, or neither may lose any."""
-    for one, other in ((a, b), (b, a)):
-        if one.labels(walk, letter) and not other.labels(walk, letter):
-            for label in one.labels(walk, letter):
-                walk.pin(call, label, "meets a value whose channels no parameter makes")
+def _gate(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -> Tensor | None:
+    """An atom for each index of a batch letter (a head, say), alive with the channels behind it.
+
+    Both operands must have channels there, or neither may lose any.
+    """
+    found = [(operand, label) for operand in (a, b) for label in operand.labels(walk, letter)]
+    if not found:
+        return None
+    if len({id(operand) for operand, _ in found}) < 2:
+        for _, label in found:
+            walk.pin(call, label, "meets a value whose channels no parameter makes")
+        return None
+    rows = [rows_of(label, (operand.dim(letter),)) for operand, label in found]
+    gate = walk.rows(torch.stack([r[:, 0] for r in rows], 1))
+    for row in rows:
+        if row.size(1) == 1:
+            walk.system.same(row[:, 0], gate, call.site)
+        else:
+            walk.link(row, gate, call.site)
+    return gate
 
 
-def _bias(
-    walk: Stream, call: Call, labels: dict[tuple[int, ...], Tensor], bias: Tensor, out: Tensor
-) -> None:
+def _tie_others(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -> None:
+    """Where one weight serves all blocks, what is at the same place in each block is one."""
+    for operand in (a, b):
+        found, d = operand.labels(walk, letter), operand.dim(letter)
+        if len(found) == 1 and len(varying(found[0])) > 1:
+            rest = tuple(x for x in varying(found[0]) if x != d)
+            line = walk.tie(found[0], rest, call)
+            others = walk.value(operand.tensor).labels
+            walk.relabel(operand.tensor, tuple(line if x is found[0] else x for x in others))
+
+
+def add_bias(walk: Stream, call: Call, labels: Keyed, bias: Tensor, out: Tensor) -> None:
+    """Tie a bias to the labels of what it is added to."""
     rank, d = out.dim(), 1 if call.op._schema.name == "aten::convolution" else out.dim() - 1
     for label in walk.value(bias).labels:
         label = along(label, rank, d) if bias.dim() == 1 else label
@@ -125,18 +147,60 @@ def _read(
     facts = walk.value(a.tensor).facts
     size = one.numel()
     silent, fold = None, None
+    weight = walk.value(b.tensor).data
     if walk.with_facts:
-        facts = facts.along(a.letters.find(letter), size) if facts is not None else None
-        weight = walk.value(b.tensor).data
-        silent = empty_slices(weight, b.letters.find(letter)) if weight is not None else None
-        axis = walk.axis_of(other)
-        if axis is not None and axis.owner in walk.params and weight is not None:
-            fold = Fold(axis.owner, axis.dim, _name(walk, bias), padded)
-    found = tuple(label.reshape(-1) for label in outputs)
-    weights = b.tensor.numel() if walk.value(b.tensor).data is not None else 0
-    read = Read(one, found, facts, silent, fold, macs, weights, call.site)
+        facts = facts.along(a.dim(letter), size) if facts is not None else None
+        if weight is not None:
+            silent = empty_slices(weight, b.dim(letter))
+            axis = walk.axis_of(other)
+            if axis is not None and axis.owner in walk.params:
+                fold = Fold(axis.owner, axis.dim, _name(walk, bias), padded)
+        else:
+            silent = _zeros(walk, b, b.labels(walk, letter)[0])
+    weights = 0 if weight is None else b.tensor.numel()
+    read = Read(one, outputs, facts, silent, fold, macs, weights, call.site)
     walk.system.flow.append(read)
     return read
+
+
+def _read_rows(
+    walk: Stream, call: Call, a: Operand, b: Operand, letters: tuple[str, str], gate: Tensor,
+    outputs: tuple[Tensor, ...], macs: int,
+) -> None:  # fmt: skip
+    """The summed letter of blocks: a block needs its own channels, where it is needed itself."""
+    batch, letter = letters
+    sides = []
+    for operand in (a, b):
+        found = operand.labels(walk, letter)
+        plane = (operand.dim(batch), operand.dim(letter))
+        if len(found) != 1 or not set(varying(found[0])) <= set(plane):
+            for label in a.labels(walk, letter) + b.labels(walk, letter):
+                walk.pin(call, label, "is summed over together with another axis")
+            return
+        sides.append((operand, found[0], plane))
+    rows, dead = [], torch.zeros(1, dtype=torch.bool)
+    for operand, label, (n, k) in sides:
+        shape = [label.size(d) if d != n else gate.numel() for d in range(label.dim())]
+        rows.append(rows_of(label.expand(shape), (n,)))
+        zeros = _zeros(walk, operand, label) if walk.with_facts else None
+        if zeros is not None:
+            dead = dead | rows_of(zeros.reshape(label.shape).expand(shape), (n,))
+        assert rows[-1].size(1) == operand.tensor.size(k)
+    walk.system.same(rows[0], rows[1], call.site)
+    first = walk.firsts(gate)
+    inputs = rows[0][first]
+    silent = dead[first].reshape(-1) if dead.dim() > 1 else None
+    gates = gate[first].repeat_interleave(inputs.size(1))
+    walk.system.flow.append(
+        Read(inputs.reshape(-1), outputs, None, silent, None, macs, 0, call.site, gates)
+    )
+
+
+def _zeros(walk: Stream, operand: Operand, label: Tensor) -> Tensor | None:
+    """Which atoms of a label are known to be zero, flat."""
+    facts = walk.value(operand.tensor).facts
+    zeros = None if facts is None else zero_at(facts, label)
+    return zeros.reshape(-1) if zeros is not None and bool(zeros.any()) else None
 
 
 def _name(walk: Stream, tensor: Tensor | None) -> str | None:
@@ -147,169 +211,7 @@ def _name(walk: Stream, tensor: Tensor | None) -> str | None:
     return axis.owner if axis is not None and axis.owner in walk.params else None
 
 
-def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
-    """Which slices of a weight along `dim` are all zero; None where none is.
-
-    One number of each slice is looked at first, so that a dense weight costs next to nothing.
-    """
-    if weight.is_meta or weight.numel() == 0:
-        return None
-    corner = weight.movedim(dim, 0)
-    while corner.dim() > 1:
-        corner = corner.select(1, 0)
-    index = (corner == 0).nonzero().reshape(-1)
-    if index.numel() == 0:
-        return None
-    empty = torch.zeros(weight.size(dim), dtype=torch.bool)
-    empty[index.cpu()] = (
-        ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
-    )
-    return empty if bool(empty.any()) else None
-
-
-def _constants(
-    walk: Stream, a: Operand, b: Operand, result: str, bias: Tensor | None, padded: bool,
-    read: Read | None,
-) -> Facts | None:  # fmt: skip
-    """Outputs that depend on constants only: their weights on every unknown input are zero."""
-    summed = next(iter((set(a.letters) & set(b.letters)) - set(result)), None)
-    kept = next((x for x in b.letters if x in result and x not in a.letters), None)
-    weight = walk.value(b.tensor).data
-    if summed is None or kept is None or weight is None or weight.is_meta:
-        return None
-    if any(x in a.letters and x in result for x in b.letters):
-        return None
-    weight = weight.movedim((b.letters.find(kept), b.letters.find(summed)), (0, 1))
-    size = weight.size(1)
-    before = walk.value(a.tensor).facts if read is None else read.facts
-    if before is not None and read is None:
-        before = before.along(a.letters.find(summed), size)
-    facts = outputs_known(weight, before, _offset(walk, bias, weight.size(0)), padded)
-    return None if facts is None else facts.spread(len(result), result.find(kept))
-
-
-def _offset(walk: Stream, bias: Tensor | None, size: int) -> Tensor | None:
-    if bias is None:
-        return torch.zeros(size, dtype=torch.float64)
-    facts = walk.value(bias).facts
-    if facts is None or facts.known.dim() != 1:
-        return None
-    return facts.values[0].expand(size)
-
-
-def outputs_known(
-    weight: Tensor, before: Facts | None, offset: Tensor | None, padded: bool
-) -> Facts | None:
-    """Facts of `weight` (out, in, *kernel) applied to channels with facts `before` (1-D)."""
-    if offset is None:
-        return None
-    known = torch.zeros(weight.size(1), dtype=torch.bool) if before is None else before.known
-    blind = (~known).nonzero().reshape(-1).to(weight.device)
-    candidates = torch.arange(weight.size(0))
-    if blind.numel():
-        probe = weight.select(1, int(blind[0])).reshape(weight.size(0), -1).select(1, 0)
-        candidates = (probe == 0).nonzero().reshape(-1).cpu()
-        if candidates.numel() == 0:
-            return None
-    rows = weight[candidates.to(weight.device)]
-    if blind.numel():
-        fine = ~(rows[:, blind] != 0).flatten(1).any(1)
-        candidates, rows = candidates[fine.cpu()], rows[fine]
-    values = offset[candidates].expand(2, -1)
-    if before is not None and bool(before.constant.any()):
-        hot = before.constant.nonzero().reshape(-1)
-        taps = rows[:, hot.to(weight.device)].cpu().to(torch.float64)
-        taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
-        values = values + before.values[:, hot] @ taps.T
-        if padded or bool((before.profile[hot] != 0).any()):
-            fine = ~(rows[:, hot.to(weight.device)] != 0).flatten(1).any(1).cpu()
-            candidates, values = candidates[fine], values[:, fine]
-    result = torch.zeros(weight.size(0), dtype=torch.bool)
-    result[candidates] = True
-    full = torch.zeros(2, weight.size(0), dtype=torch.float64)
-    full[:, candidates] = values
-    return Facts.of(result, full)
-
-
-def convolution(walk: Stream, call: Call) -> None:
-    """bi*,oi*->bo*; depthwise it is elementwise on its channels, otherwise grouped it is pinned."""
-    x, weight, bias = call.args[:3]
-    transposed, groups = call.args[6], call.args[8]
-    for label in walk.value(weight).labels:
-        if varying(label)[0] > 1:
-            walk.pin(call, label, STRUCTURE)
-    rank = x.dim()
-    for label in walk.value(x).labels:
-        if max(varying(label), default=0) > 1:
-            walk.pin(call, label, "convolution over an axis of channels")
-    if groups == 1:
-        kernel = "*" * (rank - 2)
-        a = Operand(x, "bi" + "?" * (rank - 2))
-        b = Operand(weight, ("io" if transposed else "oi") + kernel)
-        spatial = transposed or any(p != 0 for p in call.args[4])
-        macs = (weight.numel() // weight.size(0)) * (
-            x.numel() if transposed else call.outputs[0].numel()
-        )
-        meet(walk, call, a, b, "bo" + "." * (rank - 2), bias, spatial, macs)
-    elif groups == x.size(1) and weight.size(1) == 1 and not transposed:
-        depthwise(walk, call)
-    else:
-        grouped(walk, call)
-
-
-def depthwise(walk: Stream, call: Call) -> None:
-    """Channel c makes outputs c * m ... c * m + m - 1, and nothing else does."""
-    x, weight, bias = call.args[:3]
-    out = call.outputs[0]
-    rank, size, times = x.dim(), x.size(1), weight.size(0) // x.size(1)
-    filters = Operand(weight, "o").single(walk, "o")
-    source = Operand(x, "bi").single(walk, "i")
-    if filters is None:
-        walk.give(out, ())
-        return
-    if source is None:
-        walk.pin(call, filters, "convolves channels that no parameter makes")
-    else:
-        walk.system.same(source.repeat_interleave(times), filters, call.site)
-    labels: dict[tuple[int, ...], Tensor] = {(1,): along(filters, rank, 1)}
-    if bias is not None:
-        _bias(walk, call, labels, bias, out)
-    walk.system.macs += out.numel() * (weight.numel() // weight.size(0))
-    facts = None
-    real = walk.value(weight).data
-    offset = _offset(walk, bias, size * times)
-    seen = walk.value(x).facts
-    if walk.with_facts and real is not None and not real.is_meta and offset is not None:
-        before = seen.along(1, size) if seen is not None else None
-        facts = _channelwise(real, before, offset, times, any(p != 0 for p in call.args[4]))
-    walk.give(out, tuple(labels.values()), None if facts is None else facts.spread(rank, 1))
-
-
-def _channelwise(
-    weight: Tensor, before: Facts | None, offset: Tensor, times: int, padded: bool
-) -> Facts | None:
-    empty = empty_slices(weight, 0)
-    known = torch.zeros(weight.size(0), dtype=torch.bool) if empty is None else empty
-    values = offset.expand(2, -1)
-    if before is not None:
-        before = before.map(lambda t: t.repeat_interleave(times))
-        taps = weight.flatten(1).sum(1).cpu().to(torch.float64)
-        known = known | (before.zero if padded else before.flat)
-        values = values + before.values * taps
-    return Facts.of(known, values)
-
-
-def grouped(walk: Stream, call: Call) -> None:
-    """Groups must stay equal in size: their channels are kept."""
-    walk.system.macs += call.outputs[0].numel() * (call.args[1].numel() // call.args[1].size(0))
-    for t in call.tensors:
-        for label in walk.value(t).labels:
-            walk.pin(call, label, "grouped convolution")
-    walk.give(call.outputs[0], ())
-
-
 RULES: dict[str, Rule] = {
-    "aten::convolution": convolution,
     "aten::mm": contract("ik,kj->ij"),
     "aten::addmm": contract("ik,kj->ij", bias="self"),
     "aten::bmm": contract("nik,nkj->nij"),
@@ -319,32 +221,13 @@ RULES: dict[str, Rule] = {
 }
 
 
-def _convolution_shape(args: tuple[Any, ...]) -> Tensor:
-    """torch's own formula, without its checks of the device and of memory formats."""
-    x, weight, _, stride, padding, dilation, transposed, _, groups = args
-    space = [
-        (n + 2 * pad - gap * (k - 1) - 1) // step + 1
-        for n, k, step, pad, gap in zip(
-            x.shape[2:], weight.shape[2:], _each(stride, x), _each(padding, x),
-            _each(dilation, x), strict=True,
-        )
-    ]  # fmt: skip
-    fits = x.size(1) == weight.size(1) * groups and min(space) > 0
-    shape = (x.size(0), weight.size(0), *space)
-    if transposed or not fits or not x.is_contiguous():
-        shape = aten.convolution.default(*args).shape  # or let torch say what is wrong
-    return torch.empty(shape, dtype=x.dtype, device="meta")
-
-
-def _each(setting: list[int], x: Tensor) -> list[int]:
-    return setting * (x.dim() - 2) if len(setting) == 1 else setting
-
-
 def _product_shape(op: torch._ops.OpOverload, left: int) -> Shape:
     """The shape of a matrix product whose left operand is argument `left`."""
 
-    def shape(args: tuple[Any, ...]) -> Tensor:
+    def shape(args: tuple[object, ...]) -> Tensor:
         a, b = args[left : left + 2]
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
         if a.size(-1) != b.size(-2) or a.dtype != b.dtype:
             result: Tensor = op(*args)  # let torch say what is wrong
             return result
@@ -354,7 +237,6 @@ def _product_shape(op: torch._ops.OpOverload, left: int) -> Shape:
 
 
 SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    aten.convolution.default: _convolution_shape,
     aten.addmm.default: _product_shape(aten.addmm.default, 1),
     aten.mm.default: _product_shape(aten.mm.default, 0),
     aten.bmm.default: _product_shape(aten.bmm.default, 0),

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
-from demp_fx.channels.rules.contract import empty_slices
+from demp_fx.channels.rules.known import empty_slices, zero_at
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
 Dims = Callable[[Call, int], list[int]]
+
+# What zeros do not change, wherever they stand: they need not be there.
+INERT = {"aten::sum", "aten::cumsum", "aten::norm", "aten::linalg_vector_norm"}
 
 
 def trailing(count: int) -> Dims:
@@ -31,7 +34,7 @@ def named(call: Call, rank: int) -> list[int]:
 
 
 def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
-    """A rule for an op over some dims.
+    """A rule for an op over some dims: it needs all channels there, but for zeros in a sum.
 
     `keeps`: how constants that do not vary there fare. "all": unchanged (a mean, a maximum);
     "average": unchanged but where zero padding is counted in; "zero": only zeros are (a sum); None:
@@ -42,23 +45,35 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
         x = call.tensors[0]
         rank = x.dim()
         dims = dims_of(call, rank)
-        facts = walk.value(x).facts if walk.with_facts else None
+        value = walk.value(x)
+        facts = value.facts if walk.with_facts else None
         for out in call.outputs:
             rest = [d for d in range(rank) if d not in dims]
             place = {d: d for d in rest}
             if out.dim() != rank:
                 place = {d: k for k, d in enumerate(rest)}
-            labels = []
-            for label in walk.value(x).labels:
-                kept = moved(label, place, out.dim())
-                if kept is None:
-                    walk.pin(call, label, f"{verb} over channels")
-                else:
-                    labels.append(kept)
-            image = _constants(walk, call, facts, keeps, place, out)
-            walk.give(out, tuple(labels), image)
+            elif out.shape == x.shape:
+                place = {d: d for d in range(rank)}
+            found = [(label, moved(label, place, out.dim())) for label in value.labels]
+            labels = tuple(kept for _, kept in found if kept is not None)
+            for label, _ in found:
+                if set(varying(label)) & set(dims):
+                    _needed(walk, call, label, labels, f"{verb} over channels", facts)
+            inert = {d: k for d, k in place.items() if d not in dims}
+            walk.give(out, labels, _constants(walk, call, facts, keeps, inert, out))
 
     return rule
+
+
+def _needed(
+    walk: Stream, call: Call, label: Tensor, labels: tuple[Tensor, ...], reason: str,
+    facts: Facts | None,
+) -> None:  # fmt: skip
+    """All channels on a dim are needed for any of the result; nobody misses zeros in a sum."""
+    walk.opens = walk.splits = True
+    if call.op._schema.name in INERT and facts is not None:
+        label = label[~zero_at(facts, label)]
+    walk.pin(call, label, reason, tuple(x for x in labels if x.numel()))
 
 
 def _constants(

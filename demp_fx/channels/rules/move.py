@@ -1,20 +1,22 @@
 """Data movement: the op itself is run on the labels, so that no index algebra is written here.
 
-A movement is kept as it is where it still fits a narrower tensor: labelled axes that are permuted,
-merged, sliced or joined. One that splits, repeats or reorders a labelled axis is pinned.
+A movement stays as it is where it still fits a narrower tensor: labelled axes that are permuted,
+merged, sliced or joined, or split into blocks. One that repeats or reorders channels does not; the
+walk then looks for one `index_select` that does the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blocks import nested, rows_of
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, varying
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
 # Run on labels, these would refuse strides of 0.
@@ -33,7 +35,7 @@ SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select"
 
 def move(walk: Stream, call: Call) -> None:
     """The labels of the result are the op applied to the labels of the operand."""
-    tensor = call.tensors[0]
+    tensor: Tensor = call.args[0]
     value = walk.value(tensor)
     run: Callable[..., Any] = SUBSTITUTE.get(call.op._schema.name, call.op)
 
@@ -42,6 +44,8 @@ def move(walk: Stream, call: Call) -> None:
             result = run(t.expand(tensor.shape), *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
+    walk.moves += 1
+    name = call.op._schema.name
     results = [apply(label) for label in value.labels]
     facts = _facts(value.facts, apply, len(call.outputs)) if walk.with_facts else None
     real: list[Tensor | None] = [None] * len(call.outputs)
@@ -50,29 +54,38 @@ def move(walk: Stream, call: Call) -> None:
     for k, out in enumerate(call.outputs):
         labels = []
         for before, after in zip(value.labels, (compress(r[k]) for r in results), strict=True):
-            if fits(before, after, call.op._schema.name):
-                if after.numel() > 1:
-                    labels.append(after)
-                    walk.merged |= after.numel() > before.numel()
-                elif before.numel() > 1:
+            if after.numel() <= 1:
+                if before.numel() > 1:
                     walk.pin(call, after, "a single channel is taken")
-            else:
-                walk.pin(call, before, f"{call.op._schema.name} rearranges channels")
+                continue
+            labels.append(after)
+            walk.merged |= after.numel() > before.numel()
+            if len(varying(after)) > 1:
+                walk.shaped.append(after)
+            if not fits(walk, before, after, call):
+                walk.unfit.append((before, f"{name} rearranges channels"))
         walk.give(out, tuple(labels), facts[k] if facts else None, real[k], moved=True)
 
 
-def fits(before: Tensor, after: Tensor, name: str) -> bool:
+def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
     """Whether a movement of a label survives narrowing with only its sizes changed."""
+    name = call.op._schema.name
     old, new = before.reshape(-1), after.reshape(-1)
-    if after.numel() == 1 or (len(varying(before)) == len(varying(after)) and _equal(old, new)):
-        return True
-    if len(varying(before)) != 1 or len(varying(after)) != 1:
-        return False
-    if name in SLICES:
-        return _run(old, new)
-    if new.numel() < old.numel():
-        old, new = new, old
-    return name in RESHAPES and new.numel() % old.numel() == 0 and _repeats(old, new)
+    width = len(varying(before)), len(varying(after))
+    if name == "aten::slice" and (call.arg("step") or 1) != 1:
+        return _equal(old, new)
+    if width == (1, 1):
+        if _equal(old, new):
+            return True
+        if name in SLICES:
+            return _run(old, new)
+        short, long = sorted((old, new), key=Tensor.numel)
+        return name in RESHAPES and long.numel() % short.numel() == 0 and _repeats(short, long)
+    if name in REARRANGE and name not in RESHAPES | SLICES:
+        return width[0] == width[1] and _equal(old, new)
+    walk.splits |= width[0] == 1
+    walk.opens |= width[1] == 1
+    return nested(after) is not None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -134,6 +147,8 @@ def cat(walk: Stream, call: Call) -> None:
         pieces = [_piece(walk, t, key) for t in tensors]
         if dim in key:
             labels.append(_join(pieces, tensors, dim))
+            if len(key) > 1:
+                _same_rows(walk, call, pieces, tuple(d for d in key if d != dim))
             continue
         full = [p for p in pieces if p.numel() > 1]
         for p in pieces:
@@ -144,6 +159,39 @@ def cat(walk: Stream, call: Call) -> None:
         labels.append(full[0])
     facts = _joined_facts(walk, tensors, dim) if walk.with_facts else None
     walk.give(out, tuple(labels), facts)
+
+
+def stack(walk: Stream, call: Call) -> None:
+    """Values beside each other on a new dim: what is at one place in each of them is one."""
+    tensors, out = call.tensors, call.outputs[0]
+    dim = (call.arg("dim") or 0) % out.dim()
+    labels: dict[tuple[int, ...], Tensor] = {}
+    for key in sorted({varying(label) for t in tensors for label in walk.value(t).labels}):
+        pieces = [_piece(walk, t, key) for t in tensors]
+        full = next(p for p in pieces if p.numel() > 1)
+        labels[key] = full.unsqueeze(dim)
+        for p in pieces:
+            if p.numel() == 1:
+                walk.pin(call, full, "is joined with channels that no parameter makes")
+            else:
+                walk.system.same(full, p, call.site)
+    found = [walk.value(t).facts for t in tensors]
+    first = found[0]
+    agree = first is not None and all(f is not None and f.same_as(first) for f in found)
+    facts = first.map(lambda t: t.unsqueeze(dim)) if first is not None and agree else None
+    walk.give(out, tuple(labels.values()), facts)
+
+
+def _same_rows(walk: Stream, call: Call, pieces: list[Tensor], dims: tuple[int, ...]) -> None:
+    """Blocks that are joined side by side: they go together."""
+    if any(varying(p) != varying(pieces[0]) for p in pieces):
+        for p in pieces:
+            walk.pin(call, p, "is joined with channels that no parameter makes")
+        return
+    rows = [rows_of(p, dims) for p in pieces]
+    gate = walk.rows(torch.stack([r[:, 0] for r in rows], 1))
+    for row in rows:
+        walk.link(row, gate, call.site)
 
 
 def _piece(walk: Stream, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
@@ -199,8 +247,53 @@ def pad(walk: Stream, call: Call) -> None:
     walk.give(out, tuple(labels), kept)
 
 
+def index(walk: Stream, call: Call) -> None:
+    """`x[..., numbers]`: known numbers pick channels as they pick anything; others keep them."""
+    x = call.args[0]
+    given = call.args[1] if isinstance(call.args[1], (list, tuple)) else None
+    picks = [call.args[2]] if given is None else [i for i in given if i is not None]
+    dims = [call.args[1] % x.dim()] if given is None else _indexed(given)
+    numbers = [_content(walk, i) for i in picks]
+    for i in picks:
+        for label in walk.value(i).labels:
+            walk.pin(call, label, STRUCTURE)
+    labels = walk.value(x).labels
+    if any(n is None for n in numbers):
+        for label in labels:
+            if set(varying(label)) & set(dims):
+                walk.pin(call, label, "channels are picked by data")
+        walk.relabel(x, tuple(t for t in labels if not set(varying(t)) & set(dims)))
+        numbers = [torch.zeros(i.shape, dtype=torch.int64) for i in picks]
+    feed = iter(numbers)
+    args: tuple[Any, ...] = (x, call.args[1], numbers[0])
+    if given is not None:
+        args = (x, [None if i is None else next(feed) for i in given])
+    move(walk, Call(call.op, args, {}, call.out, call.site))
+
+
+def _indexed(given: Sequence[Tensor | None]) -> list[int]:
+    """Which dims a list of indices is about; a mask takes as many as it has."""
+    dims, at = [], 0
+    for i in given:
+        width = i.dim() if i is not None and i.dtype == torch.bool else 1
+        dims += list(range(at, at + width)) if i is not None else []
+        at += width
+    return dims
+
+
+def _content(walk: Stream, numbers: Tensor) -> Tensor | None:
+    """The numbers in an index, where they do not depend on the input."""
+    real = walk.value(numbers).data
+    if real is None and not numbers.is_meta:
+        real = numbers
+    return None if real is None or real.is_meta or real.dtype == torch.bool else real.cpu()
+
+
 RULES: dict[str, Rule] = {
     "aten::cat": cat,
+    "aten::stack": stack,
+    "aten::index": index,
+    "aten::index_select": index,
     "aten::constant_pad_nd": pad,
     **dict.fromkeys(REARRANGE, move),
     "aten::as_strided": lambda walk, call: _refuse(walk, call),

@@ -1,16 +1,18 @@
-"""Batch norm: elementwise on its channel axis, whatever it computes over batch and space."""
+"""Normalisation: over batch and space elementwise on the channels, else over all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import Labels, moved, varying
+from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.rules.pointwise import twin
 from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
@@ -20,9 +22,16 @@ def batch_norm(walk: Stream, call: Call) -> None:
     """Tie scale, shift and running statistics to dim 1 of the input."""
     x, out = call.args[0], call.outputs[0]
     rank = x.dim()
-    merged: dict[tuple[int, ...], Tensor] = {
-        varying(label): label for label in walk.value(x).labels
-    }
+    merged: dict[tuple[int, ...], Tensor] = {}
+    for label in walk.value(x).labels:
+        others = tuple(d for d in varying(label) if d != 1)
+        line = walk.tie(label, others, call)
+        if others and line.numel() == 1:
+            walk.pin(call, line, "its statistics are over channels")
+        elif varying(line) in merged:
+            walk.system.same(merged[varying(line)], line, call.site)
+        else:
+            merged[varying(line)] = line
     for t in _parameters(call):
         if t is None:
             continue
@@ -78,21 +87,83 @@ def _numbers(walk: Stream, tensor: Tensor) -> Tensor | None:
     return None if facts is None or not bool(facts.known.all()) else facts.values[0].reshape(-1)
 
 
-def spread(walk: Stream, call: Call) -> None:
-    """A norm over dims that hold no channels: labels pass where they do not vary there."""
+def layer_norm(walk: Stream, call: Call) -> None:
+    """Scale and shift go with the channels; each result needs all of them."""
     x, out = call.args[0], call.outputs[0]
-    dims = range(x.dim() - len(call.args[1]), x.dim())
-    labels = []
+    dims = tuple(range(x.dim() - len(call.args[1]), x.dim()))
+    _over_channels(walk, call, dims, call.args[2:4], "layer norm over channels")
+    walk.give(out, walk.value(out).labels, _shift(walk, call.args[2:4], out, dims))
+
+
+def group_norm(walk: Stream, call: Call) -> None:
+    """Groups of channels: a group needs all of its own, and stays or goes as a whole."""
+    x, out, parameters = call.args[0], call.outputs[0], call.args[1:3]
+    size, groups = x.size(1), call.args[6]
+    labels = walk.value(x).labels
+    mine = [label for label in labels if varying(label) == (1,)]
+    if len(mine) != len(labels) or not mine or size == groups == 1:
+        _over_channels(walk, call, tuple(range(1, x.dim())), parameters, "group norm over channels")
+    else:
+        walk.opens = walk.splits = True
+        _follow(walk, call, parameters, mine[0].reshape(-1))
+        blocks = mine[0].reshape(groups, -1)
+        gate = walk.rows(blocks[:, :1])
+        walk.link(blocks, gate, call.site)
+        inputs, gates = blocks.reshape(-1), gate.repeat_interleave(size // groups)
+        walk.system.flow.append(Read(inputs, (inputs,), None, None, None, 0, 0, call.site, gates))
+        walk.give(out, labels)
+    walk.give(out, walk.value(out).labels, _shift(walk, parameters, out, (1,)))
+
+
+def _over_channels(
+    walk: Stream, call: Call, dims: tuple[int, ...], parameters: Sequence[Tensor | None],
+    reason: str,
+) -> None:  # fmt: skip
+    """A norm over `dims`, with scale and shift on the last of them."""
+    x, out = call.args[0], call.outputs[0]
+    labels: list[Tensor] = []
+    walk.opens = walk.splits = True
     for label in walk.value(x).labels:
         if set(varying(label)) & set(dims):
-            walk.pin(call, label, "layer norm mixes all channels")
-        else:
-            kept = moved(label, {d: d for d in range(x.dim())}, out.dim())
-            labels += [kept] if kept is not None else []
-    for t in call.tensors[1:]:
-        for label in walk.value(t).labels:
-            walk.pin(call, label, "layer norm mixes all channels")
+            label = walk.tie(label, tuple(d for d in varying(label) if d not in dims), call)
+        labels.append(label)
+    walk.relabel(x, tuple(labels))
+    mixed = [label for label in labels if set(varying(label)) & set(dims)]
+    for label in mixed:
+        walk.pin(call, label, reason, tuple(labels))
+    single = len(mixed) == 1 and len(varying(mixed[0])) == 1
+    atoms = mixed[0].reshape(-1) if single else None
+    _follow(walk, call, parameters, atoms, reason)
     walk.give(out, tuple(labels))
+
+
+def _follow(
+    walk: Stream, call: Call, parameters: Sequence[Tensor | None], atoms: Tensor | None,
+    reason: str = "normalises channels that no parameter makes",
+) -> None:  # fmt: skip
+    """Tie scale and shift to the channels that they are applied to."""
+    for t in parameters:
+        for label in walk.value(t).labels if t is not None else ():
+            if atoms is not None and label.numel() == atoms.numel():
+                walk.system.same(atoms, label.reshape(-1), call.site)
+            else:
+                walk.pin(call, label, reason)
+
+
+def _shift(
+    walk: Stream, parameters: Sequence[Tensor | None], out: Tensor, dims: tuple[int, ...]
+) -> Facts | None:
+    """Where the scale is zero, the result is the shift."""
+    weight, bias = parameters
+    if not walk.with_facts or weight is None or weight.dim() != 1:
+        return None
+    scale = _numbers(walk, weight)
+    shift = None if bias is None else _numbers(walk, bias)
+    if scale is None or (bias is not None and shift is None):
+        return None
+    values = torch.zeros_like(scale) if shift is None else shift
+    facts = Facts.of(scale == 0, values.expand(2, -1))
+    return None if facts is None else facts.spread(out.dim(), dims[-1])
 
 
 RULES: dict[str, Rule] = {
@@ -101,7 +172,8 @@ RULES: dict[str, Rule] = {
     "aten::_native_batch_norm_legit_no_training": batch_norm,
     "aten::_batch_norm_with_update": batch_norm,
     "aten::cudnn_batch_norm": batch_norm,
-    "aten::native_layer_norm": spread,
+    "aten::native_layer_norm": layer_norm,
+    "aten::native_group_norm": group_norm,
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.stream import Rule, Shape, Stream
@@ -53,14 +54,36 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
                 merged[key] = label
     if not merged:
         return ()
+    covered = set()
     for tensor, labels in operands:
         lead = rank - tensor.dim()
         keys = {tuple(d + lead for d in varying(label)) for label in labels}
         for key, label in merged.items():
-            full = [d for d in key if d >= lead and tensor.size(d - lead) > 1]
-            if key not in keys and full:
+            full = tuple(d for d in key if d >= lead and tensor.size(d - lead) > 1)
+            if key in keys or not full or any(set(full) < set(k) for k in keys):
+                continue
+            if full in keys and full != key:
+                _blockwise(walk, call, label, merged[full], full)
+                covered.add(full)
+            else:
                 walk.pin(call, label, "meets a value whose channels no parameter makes")
-    return tuple(merged.values())
+    return tuple(label for key, label in merged.items() if key not in covered)
+
+
+def _blockwise(
+    walk: Stream, call: Call, blocks: Tensor, other: Tensor, dims: tuple[int, ...]
+) -> None:
+    """Blocks meet a value with channels on some of their dims only.
+
+    One a block (a scale of each head): they survive together. One for each place in a block: what
+    is at the same place in all blocks is one.
+    """
+    order = outer_to_inner(blocks)
+    if set(order[: len(dims)]) == set(dims):
+        walk.link(rows_of(blocks, dims), rows_of(other, dims)[:, 0], call.site)
+    else:
+        rest = tuple(d for d in order if d not in dims)
+        walk.system.same(walk.tie(blocks, rest, call), other, call.site)
 
 
 def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
@@ -122,9 +145,28 @@ def _run(call: Call, values: list[Tensor]) -> Tensor:
     return first.to(torch.float64)
 
 
+def glu(walk: Stream, call: Call) -> None:
+    """The first half, gated by the second one: their channels are the same."""
+    x, out = call.args[0], call.outputs[0]
+    dim = (call.arg("dim") if call.arg("dim") is not None else -1) % x.dim()
+    size, labels = out.size(dim), []
+    for label in walk.value(x).labels:
+        if label.size(dim) > 1:
+            value, gate = label.narrow(dim, 0, size), label.narrow(dim, size, size)
+            walk.system.same(value, gate, call.site)
+            label = value
+        labels.append(label)
+    facts = walk.value(x).facts if walk.with_facts else None
+    if facts is not None:
+        facts = facts.map(lambda t: t.narrow(dim, 0, size) if t.size(dim) > 1 else t)
+        facts = Facts.of(facts.zero, facts.values)
+    walk.give(out, tuple(x for x in labels if x.numel() > 1), facts)
+
+
 def copy(walk: Stream, call: Call) -> None:
     """The result is the operand."""
     value = walk.value(call.tensors[0])
+    walk.moves += 1
     walk.give(call.outputs[0], value.labels, value.facts, value.data)
 
 
@@ -134,6 +176,7 @@ def like(walk: Stream, call: Call) -> None:
 
 
 RULES: dict[str, Rule] = {
+    "aten::glu": glu,
     **dict.fromkeys(UNTAGGED, pointwise),
     **dict.fromkeys(COPIES, copy),
     **dict.fromkeys(LIKE, like),

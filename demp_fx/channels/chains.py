@@ -1,0 +1,135 @@
+"""Chains of data movement: view, transpose, flatten and the like, from one node to another.
+
+Such a chain that ends in an arrangement of its source's channels (a channel shuffle, a roll) is one
+`index_select`, whatever it does on the way. One that ends in blocks (heads) is kept, and its blocks
+are to stay equal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from demp_fx.channels.labels import Labels, varying
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The movements `path` from `source` to its last node; `broken`: not to be kept if narrower."""
+
+    source: fx.Node
+    path: tuple[fx.Node, ...]
+    broken: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A node that is `source.index_select(dim, index)`, by the movements `path`."""
+
+    source: fx.Node
+    dim: int
+    index: Tensor
+    path: tuple[fx.Node, ...]
+
+
+class Chains:
+    """The chains of one graph.
+
+    `open`: nodes within a chain. `selections`: ends of chains that are arrangements of the source.
+    `loose`: nodes that lead to nothing else, and need not work on narrower tensors.
+    """
+
+    def __init__(self, graph: fx.GraphModule, env: Mapping[fx.Node, Any]) -> None:
+        self.graph, self.env = graph, env
+        self.open: dict[fx.Node, Chain] = {}
+        self.selections: dict[fx.Node, Selection] = {}
+        self.loose: set[fx.Node] = set()
+
+    def extend(self, node: fx.Node, source: fx.Node, labels: Labels, broken: bool) -> bool:
+        """Go on from `source` to `node`, whose value has `labels`.
+
+        False where the value is in one piece again, but not an arrangement of the source's.
+        """
+        before = self.open.get(source, Chain(source, (), False))
+        chain = Chain(before.source, (*before.path, node), before.broken or broken)
+        if not is_flat(labels) or not isinstance(self.env[node], Tensor):
+            self.open[node] = chain
+            return True
+        found = self._selection(chain, {d for label in labels for d in varying(label)})
+        if found is None:
+            return not chain.broken
+        self.selections[node] = found
+        return True
+
+    def _selection(self, chain: Chain, dims: set[int]) -> Selection | None:
+        """Move the numbers of all places along the chain, and see whether one axis was picked."""
+        source = self.env[chain.source]
+        places = torch.arange(source.numel()).reshape(source.shape)
+        try:
+            result = self._run(chain, places)
+        except (RuntimeError, NotImplementedError, TypeError):
+            return None
+        if not isinstance(result, Tensor) or result.dim() != source.dim():
+            return None
+        for dim in dims:
+            rest = [d for d in range(source.dim()) if d != dim]
+            if any(result.size(d) != source.size(d) for d in rest) or not result.numel():
+                continue
+            line = result.permute(dim, *rest).reshape(result.size(dim), -1)[:, 0]
+            index = line // places.stride(dim) % source.size(dim)
+            if torch.equal(places.index_select(dim, index), result):
+                return Selection(chain.source, dim, index, chain.path)
+        return None
+
+    def _run(self, chain: Chain, value: Any) -> Any:
+        before = chain.source
+        for node in chain.path:
+            feed = functools.partial(_feed, {before: value}, self.env)
+            args, kwargs = map_arg((node.args, node.kwargs), feed)
+            if node.op == "call_module":
+                value = self.graph.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            before = node
+        return value
+
+    def settle(self, is_size: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, bool]]:
+        """The nodes within chains that are used as they are, and whether each is broken."""
+        used = []
+        for node in reversed(self.open):
+            for user in node.users:
+                end = self.selections.get(user)
+                if is_size(user) or (end is not None and node in end.path):
+                    continue
+                chain = self.open.get(user)
+                if chain is not None and node in chain.path and user in self.loose:
+                    continue
+                used.append((node, self.open[node].broken))
+                break
+            else:
+                self.loose.add(node)
+        return used
+
+
+def _feed(known: Mapping[fx.Node, Any], env: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    return known[node] if node in known else env[node]
+
+
+def is_flat(labels: Labels) -> bool:
+    """Whether every label varies on one dim only, and no two on the same."""
+    dims = [varying(label) for label in labels]
+    return all(len(d) == 1 for d in dims) and len(set(dims)) == len(dims)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in a node's value."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]

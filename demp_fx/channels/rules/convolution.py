@@ -1,0 +1,171 @@
+"""Convolution: plain, depthwise, grouped and transposed, over any number of dims."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import along, varying
+from demp_fx.channels.rules.contract import Keyed, add_bias, meet
+from demp_fx.channels.rules.known import empty_slices, offset_of, zero_at
+from demp_fx.channels.rules.operand import Operand
+from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
+from demp_fx.channels.system import Blocks, Grouping, Read
+from demp_fx.channels.value import Call
+
+aten = torch.ops.aten
+
+
+def convolution(walk: Stream, call: Call) -> None:
+    """bi*,oi*->bo*; depthwise it is elementwise on its channels, grouped it works in blocks."""
+    x, weight, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    for label in walk.value(weight).labels:
+        if varying(label)[0] > 1:
+            walk.pin(call, label, STRUCTURE)
+    rank = x.dim()
+    value = walk.value(x)
+    space = tuple(range(2, rank))
+    if any(set(varying(label)) & set(space) for label in value.labels):
+        tied = [walk.tie(label, space, call) for label in value.labels]
+        walk.relabel(x, tuple(t for t in tied if t.numel() > 1))
+        for t in tied:
+            walk.pin(call, t, "convolution over an axis of channels") if t.numel() == 1 else None
+    if groups == 1:
+        kernel = "*" * (rank - 2)
+        a = Operand(x, "bi" + "?" * (rank - 2))
+        b = Operand(weight, ("io" if transposed else "oi") + kernel)
+        spatial = transposed or any(p != 0 for p in call.args[4])
+        macs = (weight.numel() // weight.size(0)) * (
+            x.numel() if transposed else call.outputs[0].numel()
+        )
+        meet(walk, call, a, b, "bo" + "." * (rank - 2), bias, spatial, macs)
+    elif groups == x.size(1) and weight.size(1) == 1 and not transposed:
+        depthwise(walk, call)
+    else:
+        grouped(walk, call)
+
+
+def depthwise(walk: Stream, call: Call) -> None:
+    """Channel c makes outputs c * m ... c * m + m - 1, and nothing else does."""
+    x, weight, bias = call.args[:3]
+    out = call.outputs[0]
+    rank, size, times = x.dim(), x.size(1), weight.size(0) // x.size(1)
+    filters = Operand(weight, "o").single(walk, "o")
+    source = Operand(x, "bi").single(walk, "i")
+    if filters is None:
+        walk.give(out, ())
+        return
+    if source is None:
+        walk.pin(call, filters, "convolves channels that no parameter makes")
+    else:
+        walk.system.same(source.repeat_interleave(times), filters, call.site)
+    labels: Keyed = {(1,): along(filters, rank, 1)}
+    if bias is not None:
+        add_bias(walk, call, labels, bias, out)
+    walk.system.macs += out.numel() * (weight.numel() // weight.size(0))
+    facts = None
+    real = walk.value(weight).data
+    offset = offset_of(walk, bias, size * times)
+    seen = walk.value(x).facts
+    if walk.with_facts and real is not None and not real.is_meta and offset is not None:
+        before = seen.along(1, size) if seen is not None else None
+        facts = _channelwise(real, before, offset, times, any(p != 0 for p in call.args[4]))
+    walk.give(out, tuple(labels.values()), None if facts is None else facts.spread(rank, 1))
+
+
+def _channelwise(
+    weight: Tensor, before: Facts | None, offset: Tensor, times: int, padded: bool
+) -> Facts | None:
+    empty = empty_slices(weight, 0)
+    known = torch.zeros(weight.size(0), dtype=torch.bool) if empty is None else empty
+    values = offset.expand(2, -1)
+    if before is not None:
+        before = before.map(lambda t: t.repeat_interleave(times))
+        taps = weight.flatten(1).sum(1).cpu().to(torch.float64)
+        known = known | (before.zero if padded else before.flat)
+        values = values + before.values * taps
+    return Facts.of(known, values)
+
+
+def grouped(walk: Stream, call: Call) -> None:
+    """Blocks of channels make blocks of channels: each may lose others, but as many of them.
+
+    Which inputs a filter has then differs from block to block (`Grouping`).
+    """
+    x, weight, bias = call.args[:3]
+    out, groups, transposed = call.outputs[0], call.args[8], call.args[6]
+    walk.opens = walk.splits = True
+    for label in walk.value(weight).labels:
+        if varying(label) == (1,):  # which of them stay differs from block to block
+            walk.pin(call, label, STRUCTURE)
+    walk.system.macs += (x if transposed else out).numel() * (weight.numel() // weight.size(0))
+    source = Operand(x, "bi").single(walk, "i")
+    filters = Operand(weight, "o").single(walk, "o")
+    name = walk.name_of(weight)
+    produced = filters
+    if transposed:
+        produced = walk.system.fresh(call.site.node, -1, out.size(1)).atoms
+        filters, inner = source, filters
+        if source is not None and inner is not None:
+            walk.system.same(source, inner, call.site)
+    if source is None or filters is None or produced is None or name is None:
+        for t in call.tensors:
+            for label in walk.value(t).labels:
+                walk.pin(call, label, "grouped convolution of channels that no parameter makes")
+        walk.give(out, ())
+        return
+    labels: Keyed = {(1,): along(produced, x.dim(), 1)}
+    if bias is not None:
+        add_bias(walk, call, labels, bias, out)
+    ins, outs = source.reshape(groups, -1), produced.reshape(groups, -1)
+    gate = walk.rows(ins[:, :1])
+    for block in (ins, outs):
+        walk.system.blocks.append(Blocks(block, call.site))
+        walk.system.link(block, gate, call.site)
+    first, second = (ins, outs) if transposed else (outs, ins)
+    walk.system.groupings.append(Grouping(name, first, second))
+    silent = None
+    facts = walk.value(x).facts
+    if walk.with_facts and facts is not None:
+        silent = zero_at(facts, along(source, x.dim(), 1)).reshape(-1)
+    walk.system.flow.append(
+        Read(source, (produced,), None, silent, None, 0, weight.numel(), call.site,
+             gate.repeat_interleave(ins.size(1)))
+    )  # fmt: skip
+    offset, real = offset_of(walk, bias, out.size(1)), walk.value(weight).data
+    known = None
+    readable = real is not None and not real.is_meta and not transposed
+    if walk.with_facts and real is not None and readable and offset is not None:
+        known = _channelwise(real, None, offset, 1, padded=True)
+    walk.give(out, tuple(labels.values()), None if known is None else known.spread(x.dim(), 1))
+
+
+RULES: dict[str, Rule] = {"aten::convolution": convolution}
+
+
+def _convolution_shape(args: tuple[Any, ...]) -> Tensor:
+    """torch's own formula, without its checks of the device and of memory formats."""
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    space = [
+        (n + 2 * pad - gap * (k - 1) - 1) // step + 1
+        for n, k, step, pad, gap in zip(
+            x.shape[2:], weight.shape[2:], _each(stride, x), _each(padding, x),
+            _each(dilation, x), strict=True,
+        )
+    ]  # fmt: skip
+    fits = x.size(1) == weight.size(1) * groups and min(space) > 0
+    shape = (x.size(0), weight.size(0), *space)
+    if transposed or not fits or not x.is_contiguous():
+        shape = aten.convolution.default(*args).shape  # or let torch say what is wrong
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _each(setting: list[int], x: Tensor) -> list[int]:
+    return setting * (x.dim() - 2) if len(setting) == 1 else setting
+
+
+SHAPES: dict[torch._ops.OpOverload, Shape] = {aten.convolution.default: _convolution_shape}

@@ -1,0 +1,128 @@
+"""What is known of a contraction's result: zeros and constants, from its weights and its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.rules.operand import Operand
+from demp_fx.channels.stream import Stream
+from demp_fx.channels.system import Read
+
+
+def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
+    """Which slices of a weight along `dim` are all zero; None where none is.
+
+    One number of each slice is looked at first, so that a dense weight costs next to nothing.
+    """
+    if weight.is_meta or weight.numel() == 0:
+        return None
+    corner = weight.movedim(dim, 0)
+    while corner.dim() > 1:
+        corner = corner.select(1, 0)
+    index = (corner == 0).nonzero().reshape(-1)
+    if index.numel() == 0:
+        return None
+    empty = torch.zeros(weight.size(dim), dtype=torch.bool)
+    empty[index.cpu()] = (
+        ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
+    )
+    return empty if bool(empty.any()) else None
+
+
+def constants(
+    walk: Stream, a: Operand, b: Operand, result: str, bias: Tensor | None, padded: bool,
+    read: Read | None,
+) -> Facts | None:  # fmt: skip
+    """Outputs that depend on constants only: their weights on every unknown input are zero."""
+    summed = next(iter((set(a.letters) & set(b.letters)) - set(result)), None)
+    kept = next((x for x in b.letters if x in result and x not in a.letters), None)
+    weight = walk.value(b.tensor).data
+    if weight is None and summed is not None and bias is None:
+        return _annihilated(walk, (a, b), summed, result)
+    if summed is None or kept is None or weight is None or weight.is_meta:
+        return None
+    if any(x in a.letters and x in result for x in b.letters):
+        return None
+    weight = weight.movedim((b.letters.find(kept), b.letters.find(summed)), (0, 1))
+    size = weight.size(1)
+    before = walk.value(a.tensor).facts if read is None else read.facts
+    if before is not None and read is None:
+        before = before.along(a.letters.find(summed), size)
+    facts = outputs_known(weight, before, offset_of(walk, bias, weight.size(0)), padded)
+    return None if facts is None else facts.spread(len(result), result.find(kept))
+
+
+def _annihilated(
+    walk: Stream, operands: tuple[Operand, Operand], summed: str, result: str
+) -> Facts | None:
+    """Zeros of a product of two activations: where one of them is zero all along the summed dim."""
+    found: Tensor | None = None
+    for operand in operands:
+        facts = walk.value(operand.tensor).facts
+        if facts is None:
+            continue
+        zero = facts.aligned(len(operand.letters)).zero.all(operand.dim(summed), keepdim=True)
+        if bool(zero.any()):
+            order = [operand.dim(x) for x in result if x in operand.letters]
+            shape = iter(zero.permute(*order, operand.dim(summed)).shape)
+            zero = zero.permute(*order, operand.dim(summed)).reshape(
+                [next(shape) if x in operand.letters else 1 for x in result]
+            )
+            found = zero if found is None else found | zero
+    if found is None:
+        return None
+    return Facts.of(found, torch.zeros((2, *found.shape), dtype=torch.float64))
+
+
+def zero_at(facts: Facts, label: Tensor) -> Tensor:
+    """Where the slices that a label marks are known to be zero: a mask of the label's shape."""
+    zero = facts.aligned(label.dim()).zero
+    for d in range(label.dim()):
+        if zero.size(d) > 1 and label.size(d) == 1:
+            zero = zero.all(d, keepdim=True)
+    return zero.expand(label.shape)
+
+
+def offset_of(walk: Stream, bias: Tensor | None, size: int) -> Tensor | None:
+    if bias is None:
+        return torch.zeros(size, dtype=torch.float64)
+    facts = walk.value(bias).facts
+    if facts is None or facts.known.dim() != 1:
+        return None
+    return facts.values[0].expand(size)
+
+
+def outputs_known(
+    weight: Tensor, before: Facts | None, offset: Tensor | None, padded: bool
+) -> Facts | None:
+    """Facts of `weight` (out, in, *kernel) applied to channels with facts `before` (1-D)."""
+    if offset is None:
+        return None
+    known = torch.zeros(weight.size(1), dtype=torch.bool) if before is None else before.known
+    blind = (~known).nonzero().reshape(-1).to(weight.device)
+    candidates = torch.arange(weight.size(0))
+    if blind.numel():
+        probe = weight.select(1, int(blind[0])).reshape(weight.size(0), -1).select(1, 0)
+        candidates = (probe == 0).nonzero().reshape(-1).cpu()
+        if candidates.numel() == 0:
+            return None
+    rows = weight[candidates.to(weight.device)]
+    if blind.numel():
+        fine = ~(rows[:, blind] != 0).flatten(1).any(1)
+        candidates, rows = candidates[fine.cpu()], rows[fine]
+    values = offset[candidates].expand(2, -1)
+    if before is not None and bool(before.constant.any()):
+        hot = before.constant.nonzero().reshape(-1)
+        taps = rows[:, hot.to(weight.device)].cpu().to(torch.float64)
+        taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
+        values = values + before.values[:, hot] @ taps.T
+        if padded or bool((before.profile[hot] != 0).any()):
+            fine = ~(rows[:, hot.to(weight.device)] != 0).flatten(1).any(1).cpu()
+            candidates, values = candidates[fine], values[:, fine]
+    result = torch.zeros(weight.size(0), dtype=torch.bool)
+    result[candidates] = True
+    full = torch.zeros(2, weight.size(0), dtype=torch.float64)
+    full[:, candidates] = values
+    return Facts.of(result, full)
