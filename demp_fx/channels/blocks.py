@@ -50,6 +50,12 @@ def without_repeats(line: Tensor) -> Tensor:
     return first
 
 
+def repeats_along(label: Tensor, dim: int) -> bool:
+    """Whether the atoms along a dim repeat themselves: it is merged with another one."""
+    line = label.movedim(dim, 0).reshape(label.size(dim), -1)[:, 0]
+    return without_repeats(line - line[0]).numel() < line.numel()
+
+
 def outer_to_inner(label: Tensor) -> list[int]:
     """The varying dims of a label, the one with the largest step first."""
     dims = varying(label)

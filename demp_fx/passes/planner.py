@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.channels.blocks import dim_masks, outer_to_inner
+from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.chains import tensors_of
 from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
@@ -19,7 +19,7 @@ from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.walk import SIZES, Walk
 from demp_fx.passes.plan import Folding, Gather, PruningPlan, Selection, Spread, Sum
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
-from demp_fx.passes.scalars import frozen_scalars
+from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
 
 CATS = {torch.cat, torch.concat, torch.concatenate}
 
@@ -51,7 +51,10 @@ class _Planner:
             if not bool(mask.all()):
                 plan.keep.setdefault(axis.owner, {})[axis.dim] = _indices(mask)
                 plan.shapes[axis.owner] = list(value.data.shape)
-        sizes = Sizes(self.walk.env, self.masks, self.seen, lambda node: self._cached(node)[1])
+        sizes = Sizes(
+            self.walk.env, self.masks, self.seen, lambda node: self._cached(node)[1], self.merged
+        )
+        sizes.changed.update(narrower_sizes(self.walk.graph, sizes))
         for node in self.walk.env:
             new = sizes.new(node)
             if new:
@@ -94,6 +97,16 @@ class _Planner:
         for edge in self._into.get((source.name, node.name), ()):
             masks[edge.dim] = self.solution.kept(edge.target)
         return {d: mask for d, mask in masks.items() if not bool(mask.all())}
+
+    def merged(self, node: fx.Node) -> set[int]:
+        """Dims along which the channels repeat themselves."""
+        value = self.walk.env.get(node)
+        return {
+            d
+            for label in (self.walk.value(value).labels if isinstance(value, Tensor) else ())
+            for d in varying(label)
+            if repeats_along(label, d)
+        }
 
     def _cached(self, node: fx.Node) -> tuple[Masks, set[int]]:
         found = self.cache.get(node)

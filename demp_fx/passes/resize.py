@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,13 +34,16 @@ class Sizes:
     """What a row may ask: the example value of a node, and which indices of its dims stay.
 
     `seen`: the same of an input, as a node gets it (behind a cut, say). `ragged`: dims on which
-    other indices stay in each block, though as many of them.
+    other indices stay in each block, though as many of them. `merged`: dims that hold the channels
+    together with something else, such as the batch. `changed`: nodes that hold sizes which change.
     """
 
     env: Mapping[fx.Node, Any]
     masks: Callable[[fx.Node], Masks]
     seen: Callable[[fx.Node, fx.Node], Masks]
     ragged: Callable[[fx.Node], set[int]]
+    merged: Callable[[fx.Node], set[int]]
+    changed: set[fx.Node] = field(default_factory=set)
 
     def new(self, node: fx.Node) -> dict[int, int]:
         """The new size of each dim of a node's value that gets narrower."""
@@ -66,16 +69,17 @@ def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
 def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result."""
     new = sizes.new(node)
-    if not new:
-        return
     path, given = _variadic(node, "shape", "size")
-    shape = sizes.env[node].shape
-    for d, n in new.items():
-        if len(given) != len(shape):
-            return
-        if isinstance(given[d], fx.Node) or given[d] not in (-1, n):
-            # a size of the input, such as the batch, may be in it: then let torch work it out
-            free = isinstance(given[d], fx.Node) and -1 not in given and len(new) == 1
+    shape, merged = sizes.env[node].shape, sizes.merged(node)
+    if len(given) != len(shape):
+        return
+    for d, size in enumerate(given):
+        # a size of another tensor may change where this one does not
+        other = isinstance(size, fx.Node) and size in sizes.changed
+        n = new.get(d, shape[d])
+        if (d in new or other) and size not in (-1, n):
+            # the batch, or another size of the input, is in it: torch works it out
+            free = merged == {d} and -1 not in given
             yield Literal(node=node.name, path=[*path(d)], value=-1 if free else n)
 
 

@@ -13,26 +13,33 @@ from demp_fx.passes.resize import SIZED, Sizes
 ASKS = {"size", getattr}
 
 
+def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
+    """Nodes that hold a size that gets smaller, or a number or list computed from one."""
+    changed: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.target in ASKS and sizes.masks(node.args[0]):
+            found = _asks(node, sizes)
+        elif not any(n in changed for n in node.all_input_nodes):
+            continue
+        elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            found = _picks(node.args[0], node.args[1], sizes)
+        else:
+            value = sizes.env.get(node)
+            found = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if found:
+            changed.add(node)
+    return changed
+
+
 def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal]:
     """Old values for every number computed from a size that gets smaller, where it is used by a
     tensor op and not as a size."""
-    changed: dict[fx.Node, bool] = {}
     found: list[Literal] = []
     for node in graph.graph.nodes:
-        if node.target in ASKS and sizes.masks(node.args[0]):
-            changed[node] = _asks(node, sizes)
-            continue
-        tainted = [n for n in node.all_input_nodes if changed.get(n)]
-        if not tainted:
-            continue
-        value = sizes.env.get(node)
-        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            source, index = node.args[0], node.args[1]
-            changed[node] = _picks(source, index, sizes)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            changed[node] = True
-        elif isinstance(value, Tensor) and node.target not in SIZED:
-            found += _literals(node, tainted, sizes)
+        tainted = [n for n in node.all_input_nodes if n in sizes.changed]
+        asks = node.target in ASKS or node.target is operator.getitem
+        if tainted and isinstance(sizes.env.get(node), Tensor) and node.target not in SIZED:
+            found += [] if asks else _literals(node, tainted, sizes)
     return found
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blocks import rows_of
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
 from demp_fx.channels.rules.known import empty_slices, zero_at
 from demp_fx.channels.stream import Rule, Stream
+from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
 Dims = Callable[[Call, int], list[int]]
@@ -54,15 +56,52 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
                 place = {d: k for k, d in enumerate(rest)}
             elif out.shape == x.shape:
                 place = {d: d for d in range(rank)}
-            found = [(label, moved(label, place, out.dim())) for label in value.labels]
-            labels = tuple(kept for _, kept in found if kept is not None)
-            for label, _ in found:
-                if set(varying(label)) & set(dims):
-                    _needed(walk, call, label, labels, f"{verb} over channels", facts)
+            labels: list[Tensor] = []
+            for label in value.labels:
+                mixed, free = _apart(label, dims)
+                if mixed and free:
+                    line = _by_rows(walk, call, label, free, facts)
+                    kept = moved(label if out.shape == x.shape else line, place, out.dim())
+                else:
+                    kept = moved(label, place, out.dim())
+                labels += [] if kept is None else [kept]
+            for label in value.labels:
+                mixed, free = _apart(label, dims)
+                if mixed and not free:
+                    _needed(walk, call, label, tuple(labels), f"{verb} over channels", facts)
             inert = {d: k for d, k in place.items() if d not in dims}
-            walk.give(out, labels, _constants(walk, call, facts, keeps, inert, out))
+            walk.give(out, tuple(labels), _constants(walk, call, facts, keeps, inert, out))
 
     return rule
+
+
+def _apart(label: Tensor, dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dims of a label that are among `dims`, and the others."""
+    all_ = varying(label)
+    return tuple(d for d in all_ if d in dims), tuple(d for d in all_ if d not in dims)
+
+
+def _by_rows(
+    walk: Stream, call: Call, label: Tensor, rest: tuple[int, ...], facts: Facts | None
+) -> Tensor:
+    """Blocks of which each is mixed in itself: a block needs its own, where it is needed.
+
+    Returns the label that says which blocks are there.
+    """
+    walk.opens = walk.splits = True
+    rows = rows_of(label, rest)
+    gate = walk.rows(rows[:, :1])
+    walk.link(rows, gate, call.site)
+    first = walk.firsts(gate)
+    silent = None
+    if call.op._schema.name in INERT and facts is not None:
+        silent = rows_of(zero_at(facts, label), rest)[first].reshape(-1)
+    inputs, gates = rows[first], gate[first].repeat_interleave(rows.size(1))
+    walk.system.flow.append(
+        Read(inputs.reshape(-1), (gate,), None, silent, None, 0, 0, call.site, gates)
+    )
+    shape = [label.size(d) if d in rest else 1 for d in range(label.dim())]
+    return gate.reshape(shape)
 
 
 def _needed(

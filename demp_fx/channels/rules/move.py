@@ -29,6 +29,7 @@ RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
 REARRANGE = {"aten::flip", "aten::roll", "aten::repeat", "aten::pixel_shuffle", "aten::rot90",
              "aten::pixel_unshuffle", "aten::channel_shuffle", "aten::native_channel_shuffle",
              "aten::_unsafe_view", "aten::unbind", "aten::tril", "aten::triu"}  # fmt: skip
+REPEATS = {*RESHAPES, "aten::repeat"}
 SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
           "aten::unbind", "aten::chunk"}  # fmt: skip
 
@@ -80,7 +81,7 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
         if name in SLICES:
             return _run(old, new)
         short, long = sorted((old, new), key=Tensor.numel)
-        return name in RESHAPES and long.numel() % short.numel() == 0 and _repeats(short, long)
+        return name in REPEATS and long.numel() % short.numel() == 0 and _repeats(short, long)
     if name in REARRANGE and name not in RESHAPES | SLICES:
         return width[0] == width[1] and _equal(old, new)
     walk.splits |= width[0] == 1
@@ -258,17 +259,37 @@ def index(walk: Stream, call: Call) -> None:
         for label in walk.value(i).labels:
             walk.pin(call, label, STRUCTURE)
     labels = walk.value(x).labels
-    if any(n is None for n in numbers):
+    unknown = any(n is None for n in numbers)
+    if unknown or walk.value(x).data is not None:  # what is looked up in a table is no channel
         for label in labels:
             if set(varying(label)) & set(dims):
-                walk.pin(call, label, "channels are picked by data")
-        walk.relabel(x, tuple(t for t in labels if not set(varying(t)) & set(dims)))
+                walk.pin(call, label, "its rows are looked up")
+        labels = tuple(t for t in labels if not set(varying(t)) & set(dims))
+    if unknown:
         numbers = [torch.zeros(i.shape, dtype=torch.int64) for i in picks]
     feed = iter(numbers)
     args: tuple[Any, ...] = (x, call.args[1], numbers[0])
     if given is not None:
         args = (x, [None if i is None else next(feed) for i in given])
+    before = walk.value(x)
+    walk.relabel(x, labels)
     move(walk, Call(call.op, args, {}, call.out, call.site))
+    x.__dict__["demp"] = before
+
+
+def pixel_shuffle(walk: Stream, call: Call) -> None:
+    """Some channels next to each other become the places of one: they go together."""
+    move(walk, call)
+    walk.opens = walk.splits = True
+    walk.unfit, walk.shaped = [], []
+    out, labels = call.outputs[0], []
+    for label in walk.value(out).labels:
+        space = tuple(d for d in varying(label) if d >= out.dim() - 2)
+        labels.append(walk.tie(label, space, call))
+    walk.relabel(out, tuple(x for x in labels if x.numel() > 1))
+    for x in labels:
+        if x.numel() == 1:
+            walk.pin(call, x, "a single channel is made")
 
 
 def _indexed(given: Sequence[Tensor | None]) -> list[int]:
@@ -296,6 +317,7 @@ RULES: dict[str, Rule] = {
     "aten::index_select": index,
     "aten::constant_pad_nd": pad,
     **dict.fromkeys(REARRANGE, move),
+    "aten::pixel_shuffle": pixel_shuffle,
     "aten::as_strided": lambda walk, call: _refuse(walk, call),
 }
 

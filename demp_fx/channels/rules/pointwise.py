@@ -62,9 +62,12 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
             full = tuple(d for d in key if d >= lead and tensor.size(d - lead) > 1)
             if key in keys or not full or any(set(full) < set(k) for k in keys):
                 continue
-            if full in keys and full != key:
-                _blockwise(walk, call, label, merged[full], full)
-                covered.add(full)
+            within = [k for k in keys if set(k) <= set(full) and set(k) < set(key)]
+            if len(within) == 1:
+                rest = tuple(d for d in full if d not in within[0])
+                line = walk.tie(label, rest, call)
+                _blockwise(walk, call, line, merged[within[0]], within[0])
+                covered.add(within[0])
             else:
                 walk.pin(call, label, "meets a value whose channels no parameter makes")
     return tuple(label for key, label in merged.items() if key not in covered)
@@ -79,7 +82,9 @@ def _blockwise(
     is at the same place in all blocks is one.
     """
     order = outer_to_inner(blocks)
-    if set(order[: len(dims)]) == set(dims):
+    if varying(blocks) == dims:
+        walk.system.same(blocks, other, call.site)
+    elif set(order[: len(dims)]) == set(dims):
         walk.link(rows_of(blocks, dims), rows_of(other, dims)[:, 0], call.site)
     else:
         rest = tuple(d for d in order if d not in dims)

@@ -1,0 +1,88 @@
+"""Heads, groups, shuffles, norms over channels: exact, and as narrow as they can be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import demp_fx
+from demp_fx.channels.cuts import Cuts
+from tests.zoo.kill import relative_error
+from tests.zoo.structures import STRUCTURES
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = STRUCTURES[name][0]().double().eval()
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return model
+
+
+def sample(name: str, batch: int) -> Tensor:
+    return torch.randn(batch, *STRUCTURES[name][1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("cuts", ["pays", "always", "never"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_function_and_gradients_are_kept(name: str, cuts: Cuts) -> None:
+    model, x = build(name), sample(name, 3)
+
+    narrow = demp_fx.compile(model, sample(name, 2), cuts=cuts).module
+
+    assert relative_error(narrow(x), model(x)) <= 1e-10
+    assert relative_error(narrow.train()(x), model.train()(x)) <= 1e-10
+    narrow(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in narrow.parameters())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_it_gets_as_narrow_as_it_can(name: str) -> None:
+    model = build(name)
+
+    state = demp_fx.compile(model, sample(name, 2), cuts="always").module.state_dict()
+
+    for key, shape in STRUCTURES[name][2].items():
+        tensor = state[key] if key in state else state[f"{key}.weight"]
+        assert tuple(tensor.shape) == shape, key
+
+
+@pytest.mark.parametrize("name", ["attention", "grouped", "channel shuffle", "fused, unbind"])
+def test_a_plan_replays_on_the_dense_checkpoint(name: str) -> None:
+    model, x = build(name), sample(name, 3)
+    result = demp_fx.compile(model, sample(name, 2), cuts="always")
+    plan = demp_fx.PruningPlan.from_json(result.plan.to_json())
+
+    again = demp_fx.passes.narrow(demp_fx.trace(build(name), sample(name, 2)), plan)
+
+    assert torch.equal(again(x), result.module(x))
+
+
+def test_the_moments_of_a_grouped_convolution_are_cut_as_its_weights() -> None:
+    model, x = build("grouped").train(), sample("grouped", 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model(x).square().mean().backward()
+    optimizer.step()
+    for layer, channels in (("a", [0, 1, 2, 3, 5]), ("norm", [0, 4, 5])):  # the step woke them
+        for p in model.get_submodule(layer).parameters():
+            with torch.no_grad():
+                p[channels] = 0
+            optimizer.state[p]["momentum_buffer"][channels] = 0
+    before = {id(p): optimizer.state[p]["momentum_buffer"] for p in model.parameters()}
+
+    result = demp_fx.compile(model, sample("grouped", 2), optimizer=optimizer, cuts="never")
+
+    weight = result.module.get_parameter("b.weight")
+    moments = optimizer.state[weight]["momentum_buffer"]
+    keep, grouped = result.plan.keep.get("b.weight", {}), result.plan.grouped.get("b.weight")
+    dense = before[id(model.get_parameter("b.weight"))]
+    assert moments.shape == weight.shape
+    kept = dense[keep[0]] if 0 in keep else dense
+    size = len(kept) // (len(grouped) if grouped else 1)
+    for row, filters in enumerate(kept):
+        columns = grouped[row // size] if grouped else range(dense.shape[1])
+        assert torch.equal(moments[row], filters[list(columns)])
