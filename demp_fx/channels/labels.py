@@ -6,6 +6,8 @@ not vary. A tensor has a tuple of them; an element survives iff all of its atoms
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 Labels = tuple[Tensor, ...]
@@ -31,6 +33,29 @@ def along(atoms: Tensor, rank: int, dim: int) -> Tensor:
     shape = [1] * rank
     shape[dim] = -1
     return atoms.reshape(shape)
+
+
+def reshaped(label: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """A label of a tensor of shape `old`, when that is reshaped to `new`.
+
+    Both shapes are taken apart into runs of dims of equal extent; only those on which the label
+    varies are written out.
+    """
+    full, shape, i, j = list(label.shape), [], 0, 0
+    while i < len(old) or j < len(new):
+        start, begin, left, right = i, j, 1, 1
+        while i == start or j == begin or left != right:
+            if j == len(new) or (i < len(old) and left <= right):
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+            if i == len(old) and j == len(new):
+                break
+        varies = any(label.size(d) > 1 for d in range(start, i))
+        if varies:
+            full[start:i] = old[start:i]
+        shape += list(new[begin:j]) if varies else [1] * (j - begin)
+    return label.expand(full).reshape(shape)
 
 
 def moved(label: Tensor, dims: dict[int, int], rank: int) -> Tensor | None:

@@ -15,16 +15,10 @@ from torch import Tensor
 
 from demp_fx.channels.blocks import nested, rows_of
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import compress, varying
+from demp_fx.channels.labels import compress, reshaped, varying
 from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
-# Run on labels, these would refuse strides of 0.
-SUBSTITUTE: dict[str, Callable[..., Tensor]] = {
-    "aten::view": torch.reshape,
-    "aten::_unsafe_view": torch.reshape,
-    "aten::_reshape_alias": lambda t, shape, _: t.reshape(shape),
-}
 RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
 REARRANGE = {"aten::flip", "aten::roll", "aten::repeat", "aten::pixel_shuffle", "aten::rot90",
              "aten::pixel_unshuffle", "aten::channel_shuffle", "aten::native_channel_shuffle",
@@ -38,15 +32,16 @@ def move(walk: Stream, call: Call) -> None:
     """The labels of the result are the op applied to the labels of the operand."""
     tensor: Tensor = call.args[0]
     value = walk.value(tensor)
-    run: Callable[..., Any] = SUBSTITUTE.get(call.op._schema.name, call.op)
+    name = call.op._schema.name
 
     def apply(t: Tensor) -> list[Tensor]:
         with walk.silently():
-            result = run(t.expand(tensor.shape), *call.args[1:], **call.kwargs)
+            if name in RESHAPES:
+                return [reshaped(t, tensor.shape, call.outputs[0].shape)]
+            result = call.op(t.expand(tensor.shape), *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
     walk.moves += 1
-    name = call.op._schema.name
     results = [apply(label) for label in value.labels]
     facts = _facts(value.facts, apply, len(call.outputs)) if walk.with_facts else None
     real: list[Tensor | None] = [None] * len(call.outputs)
