@@ -24,6 +24,7 @@ REARRANGE = {"aten::flip", "aten::roll", "aten::repeat", "aten::pixel_shuffle", 
              "aten::pixel_unshuffle", "aten::channel_shuffle", "aten::native_channel_shuffle",
              "aten::_unsafe_view", "aten::unbind", "aten::tril", "aten::triu"}  # fmt: skip
 REPEATS = {*RESHAPES, "aten::repeat"}
+PICKS = {"aten::index_select", "aten::index"}
 SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
           "aten::unbind", "aten::chunk"}  # fmt: skip
 
@@ -38,6 +39,9 @@ def move(walk: Stream, call: Call) -> None:
         with walk.silently():
             if name in RESHAPES:
                 return [reshaped(t, tensor.shape, call.outputs[0].shape)]
+            if name in PICKS and isinstance(call.args[1], int):
+                dim, index = call.args[1:3]
+                return [t if t.size(dim) == 1 else t.index_select(dim, index)]
             result = call.op(t.expand(tensor.shape), *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
@@ -264,7 +268,9 @@ def index(walk: Stream, call: Call) -> None:
         numbers = [torch.zeros(i.shape, dtype=torch.int64) for i in picks]
     feed = iter(numbers)
     args: tuple[Any, ...] = (x, call.args[1], numbers[0])
-    if given is not None:
+    if given is not None and len(picks) == 1 and numbers[0] is not None and picks[0].dim() == 1:
+        args = (x, dims[0], numbers[0])
+    elif given is not None:
         args = (x, [None if i is None else next(feed) for i in given])
     before = walk.value(x)
     walk.relabel(x, labels)

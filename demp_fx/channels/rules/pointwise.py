@@ -195,7 +195,9 @@ def twin(x: Tensor) -> Tensor:
 
 
 def _first(op: torch._ops.OpOverload) -> Shape:
-    """The shape of an op whose result is like its operand."""
+    """The shape of an op whose result is like its operand, or is its operand."""
+    if torch.Tag.inplace in op.tags:
+        return lambda args: args[0]
     return lambda args: twin(args[0])
 
 
@@ -221,7 +223,10 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
         for op in (
             aten.gelu.default, aten.hardswish.default, aten.hardsigmoid.default,
             aten.hardtanh.default, aten.silu.default, aten.elu.default, aten.leaky_relu.default,
-            aten.mish.default, aten.softplus.default,
+            aten.mish.default, aten.softplus.default, aten.hardtanh_.default,
+            aten.hardswish_.default, aten.silu_.default, aten.elu_.default,
+            aten.leaky_relu_.default, aten.relu_.default, aten.relu.default,
+            aten.sigmoid.default, aten.tanh.default,
         )
     },
     **{
