@@ -53,6 +53,7 @@ class Stream(TorchDispatchMode):
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,
         self.shaped: list[Tensor] = []  # labels that have become blocks,
         self.splits = False  # whether an axis was split into blocks,
+        self.counted = False  # whether zeros may leave an average that it takes over channels,
         self.opens = False  # and whether its channels go in with blocks, or come out of them
 
     def __torch_dispatch__(

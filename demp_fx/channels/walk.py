@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from demp_fx.channels.averages import takes_average
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat, tensors_of
 from demp_fx.channels.facts import Facts
@@ -160,6 +161,7 @@ class Walk(Stream):
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
+        self.counted = takes_average(node, self.graph)
         try:
             with self:
                 if node.op == "call_module":

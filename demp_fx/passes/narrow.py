@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from demp_fx.errors import UsageError
+from demp_fx.passes.count import recount
 from demp_fx.passes.layers import sizes
 from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Selection, Spread, Sum
 from demp_fx.tracing.module import TracedModule, assemble
@@ -163,6 +164,8 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
         _set(named[literal.node], literal)
     for selection in plan.selections:
         _select(new, selection, named, constants)
+    for count in plan.counts:
+        named[count.node] = recount(new, named[count.node], count, constants.module)
     for gather in plan.gathers:
         _gather(new, gather, named, constants, shared)
     for spread in plan.spreads:

@@ -71,6 +71,15 @@ class Selection(_Data):
     shift: list[float] | None = None
 
 
+class Count(_Data):
+    """An average over channels of which some were zero, and left: `size` (of the last dim) and
+    `ratio` say how many are still there."""
+
+    node: str
+    ratio: float
+    size: int
+
+
 class Folding(_Data):
     """Constants of the input channels `dropped` of a weight move elsewhere.
 
@@ -121,6 +130,7 @@ class PruningPlan(_Data):
     sums: list[Sum] = []
     spreads: list[Spread] = []
     selections: list[Selection] = []
+    counts: list[Count] = []
     folds: list[Folding] = []
     shapes: dict[str, list[int]] = {}
 

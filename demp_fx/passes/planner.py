@@ -17,6 +17,7 @@ from demp_fx.channels.labels import varying
 from demp_fx.channels.solve import Solution, by_bias, foldable, independent
 from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.walk import SIZES, Walk
+from demp_fx.passes.count import counts
 from demp_fx.passes.plan import Folding, Gather, PruningPlan, Selection, Spread, Sum
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
@@ -60,6 +61,7 @@ class _Planner:
             if new:
                 plan.nodes[node.name] = new
             plan.literals += literals(node, sizes)
+        plan.counts = counts(self.walk.graph, sizes)
         plan.literals += frozen_scalars(self.walk.graph, sizes)
         self._edges(plan)
         folds = foldable(self.walk.system)

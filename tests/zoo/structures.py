@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -306,16 +307,15 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Shape, dict[str, Shape]]] =
         lambda: Normed(nn.InstanceNorm1d(12, affine=True)), _LINE,
         {"a": (6, 3, 1), "norm": (6,), "c": (4, 6, 1)},
     ),
-    "layer norm": (
-        lambda: Stream(nn.LayerNorm), (4, 5),
-        {"embed": (9, 5), "up": (17, 9), "down": (9, 17), "head": (3, 9)},
-    ),
-    "rms norm": (
-        lambda: Stream(RMSNorm), (4, 5), {"embed": (9, 5), "up": (17, 9), "down": (9, 17)},
-    ),
-    "torch's rms norm": (
-        lambda: Stream(nn.RMSNorm), (4, 5), {"up": (17, 9), "down": (9, 17), "head": (3, 9)},
-    ),
+    **{
+        name: (
+            functools.partial(Stream, norm), (4, 5),
+            {"embed": (9, 5), "norm": (9,), "up": (17, 9), "down": (9, 17), "head": (3, 9)},
+        )
+        for name, norm in (
+            ("layer norm", nn.LayerNorm), ("rms norm", RMSNorm), ("torch's rms norm", nn.RMSNorm),
+        )
+    },
     "selective kernel": (
         Selective, _IMAGE, {"a": (5, 3, 1, 1), "b": (5, 3, 3, 3), "excite": (10, 4, 1, 1)},
     ),

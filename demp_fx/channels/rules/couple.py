@@ -75,6 +75,12 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
     return rule
 
 
+def _inert(walk: Stream, call: Call) -> bool:
+    """Whether nobody misses a zero here; in an average, if it is told how many there were."""
+    name = call.op._schema.name
+    return name in INERT or (name == "aten::mean" and walk.counted)
+
+
 def _apart(label: Tensor, dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The dims of a label that are among `dims`, and the others."""
     all_ = varying(label)
@@ -94,7 +100,7 @@ def _by_rows(
     walk.link(rows, gate, call.site)
     first = walk.firsts(gate)
     silent = None
-    if call.op._schema.name in INERT and facts is not None:
+    if _inert(walk, call) and facts is not None:
         silent = rows_of(zero_at(facts, label), rest)[first].reshape(-1)
     inputs, gates = rows[first], gate[first].repeat_interleave(rows.size(1))
     walk.system.flow.append(
@@ -110,7 +116,7 @@ def _needed(
 ) -> None:  # fmt: skip
     """All channels on a dim are needed for any of the result; nobody misses zeros in a sum."""
     walk.opens = walk.splits = True
-    if call.op._schema.name in INERT and facts is not None:
+    if _inert(walk, call) and facts is not None:
         label = label[~zero_at(facts, label)]
     walk.pin(call, label, reason, tuple(x for x in labels if x.numel()))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, varying
+from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.rules.pointwise import twin
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Read
@@ -129,8 +130,10 @@ def _over_channels(
         labels.append(label)
     walk.relabel(x, tuple(labels))
     mixed = [label for label in labels if set(varying(label)) & set(dims)]
+    facts = walk.value(x).facts if walk.with_facts and walk.counted else None
     for label in mixed:
-        walk.pin(call, label, reason, tuple(labels))
+        needed = label if facts is None else label[~zero_at(facts, label)]
+        walk.pin(call, needed, reason, tuple(labels))
     single = len(mixed) == 1 and len(varying(mixed[0])) == 1
     atoms = mixed[0].reshape(-1) if single else None
     _follow(walk, call, parameters, atoms, reason)

@@ -1,0 +1,29 @@
+"""Nodes that average over channels, and can be told how many there were.
+
+Zeros that leave such a node leave its sums as they are, but not what these are divided by: the
+rewrite puts the old number there (`passes/count.py` has one row for each of these targets).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+MEANS: set[Any] = {"mean", torch.mean, torch.ops.aten.mean.dim}
+LAYER_NORMS: set[Any] = {F.layer_norm, torch.ops.aten.layer_norm.default, nn.LayerNorm}
+RMS_NORMS: set[Any] = {F.rms_norm, torch.ops.aten.rms_norm.default, nn.RMSNorm}
+
+
+def kind_of(node: fx.Node, graph: fx.GraphModule) -> Any:
+    """The target of a node; of a module, its class."""
+    if node.op == "call_module":
+        return type(graph.get_submodule(str(node.target)))
+    return node.target
+
+
+def takes_average(node: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether a node is one of those above."""
+    return kind_of(node, graph) in MEANS | LAYER_NORMS | RMS_NORMS
