@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.tracing.exported import Exporter
 from demp_fx.tracing.module import TracedModule, TraceNotes, assemble
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
@@ -42,28 +43,64 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     """
     inputs = Inputs.of(example_inputs)
     bound = _bind(_checked(model), inputs)
-    tracer = Tracer(bound)
     own = set(vars(model))
     try:
-        graph = tracer.trace(model)
+        graph, notes = _graph(model, bound, _bind(model, inputs))
         module = assemble(model, graph, type(model).__name__)
-    except DempError:
-        raise
-    except Exception as error:
-        raise TraceError(
-            f"{failed_at(error)}: {type(model).__name__} could not be traced: {first_line(error)}. "
-            "Move these lines into a submodule, which is then left whole, or into a function "
-            "decorated with torch.fx.wrap."
-        ) from error
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
             delattr(model, constant)
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     before = meta.get("demp_fx", TraceNotes())
-    baked = list(dict.fromkeys([*before.baked, *tracer.baked]))
+    baked = list(dict.fromkeys([*before.baked, *notes.baked]))
     module.meta["example_inputs"] = inputs.map(lambda t: torch.empty_like(t, device="meta"))
-    module.meta["demp_fx"] = TraceNotes({**before.opaque, **tracer.opaque}, baked)
+    module.meta["demp_fx"] = TraceNotes(
+        {**before.opaque, **notes.opaque}, baked, notes.exported or before.exported
+    )
     return module
+
+
+def _graph(
+    model: nn.Module, bound: inspect.BoundArguments, again: inspect.BoundArguments
+) -> tuple[fx.Graph, TraceNotes]:
+    """The graph of the first front end that can make one; tracing uses `bound` up."""
+    tracer = Tracer(bound)
+    try:
+        graph = tracer.trace(model)
+        failure, where, why = None, "", _mostly_opaque(model, tracer)
+        if not why:
+            return graph, TraceNotes(tracer.opaque, list(tracer.baked))
+    except DempError:
+        raise
+    except Exception as error:
+        failure, where, why = error, failed_at(error), first_line(error)
+    exporter = Exporter(model, again)
+    try:
+        exported = exporter.trace()
+    except Exception as error:
+        if failure is None:
+            return graph, TraceNotes(tracer.opaque, list(tracer.baked))
+        raise TraceError(
+            f"{where}: {type(model).__name__} could not be traced: {why}. Nor could "
+            f"torch.export take it: {first_line(error)} at {failed_at(error)}. "
+            "Move these lines into a submodule, which is then left whole, or into a function "
+            "decorated with torch.fx.wrap."
+        ) from failure
+    for name, constant in exporter.constants.items():
+        setattr(model, name, constant)
+    reason = f"{where}: {why}" if where else why
+    return exported, TraceNotes({}, list(exporter.baked), reason)
+
+
+def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:
+    """Why a graph says too little: most of the parameters are in modules that failed; or ""."""
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    modules = dict(model.named_modules())
+    names = [n for n in tracer.opaque if n in modules and n not in tracer.chosen]
+    hidden = {id(p) for name in names for p in modules[name].parameters()}
+    if 2 * sum(sizes[p] for p in hidden) <= sum(sizes.values()):
+        return ""
+    return f"{names[0]} could not be traced: {tracer.opaque[names[0]]}"
 
 
 def _checked(model: nn.Module) -> nn.Module:

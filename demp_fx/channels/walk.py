@@ -28,8 +28,10 @@ from demp_fx.channels.value import Value
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-SIZES = {getattr, "size", "dim", "numel", "ndimension"}
+aten = torch.ops.aten
+IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}
+SUMS = {operator.add, torch.add, "add", aten.add.Tensor, *IN_PLACE_SUMS}
+SIZES = {getattr, "size", "dim", "numel", "ndimension", aten.sym_size.int}
 
 
 class RefusalError(UsageError):
@@ -286,7 +288,7 @@ class Walk(Stream):
         x, y = self.env[a], self.env[b]
         if "get_attr" in (a.op, b.op) or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return False
-        if node.target in (operator.iadd, "add_") and len(a.users) > 1:
+        if node.target in IN_PLACE_SUMS and len(a.users) > 1:
             return False
         if x.shape != y.shape or x.dtype != y.dtype:
             return False

@@ -69,7 +69,7 @@ def _is_other_branch(narrow: nn.Module, training: bool, expected: Any, found: An
     """Whether the original returns something else in this mode, and was traced in the other one
     (an `if self.training:` in its forward, which the trace has noted)."""
     notes = getattr(narrow, "meta", {}).get("demp_fx")
-    shapes = [len(pytree.tree_leaves(value)) for value in (expected, found)]
+    shapes = [len(_tensors(value)) for value in (expected, found)]
     return bool(notes and notes.baked) and training != narrow.training and len(set(shapes)) == 2
 
 
@@ -104,10 +104,9 @@ def run(module: nn.Module, inputs: Inputs, training: bool) -> Any:
 
 def difference(expected: Any, found: Any) -> float:
     """The largest difference between two outputs, relative to the largest number expected."""
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     worst = 0.0
-    for a, b in pairs:
-        if not isinstance(a, Tensor) or a.numel() == 0:
+    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+        if a.numel() == 0:
             continue
         if a.shape != b.shape:
             return math.inf
@@ -118,6 +117,11 @@ def difference(expected: Any, found: Any) -> float:
             return math.nan
         worst = max(worst, error)
     return worst
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in an output; a graph may leave out what is none, such as a cache."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 
@@ -14,6 +16,7 @@ class TraceNotes:
 
     opaque: dict[str, str] = field(default_factory=dict)  # qualified name -> "reason at file:line"
     baked: list[str] = field(default_factory=list)  # "file:line: `the line` followed for ..."
+    exported: str = ""  # why torch.export made the graph, if it did
 
 
 class TracedModule(fx.GraphModule):
@@ -30,7 +33,9 @@ class TracedModule(fx.GraphModule):
         rows = []
         for node in self.graph.nodes:
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _to_reference)
-            rows.append((node.op, node.target, args, kwargs, node.name, node.meta.get("source")))
+            rows.append(
+                (node.op, _to_name(node.target), args, kwargs, node.name, node.meta.get("source"))
+            )
         return _restore, (type(self).__name__, body, rows)
 
 
@@ -43,6 +48,19 @@ def _to_reference(argument: Any) -> Any:
     return _Reference(argument.name) if isinstance(argument, fx.Node) else argument
 
 
+@dataclass(frozen=True)
+class _Op:
+    """An ATen op, which does not pickle, by its name: "aten", "view", "default"."""
+
+    path: tuple[str, ...]
+
+
+def _to_name(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return _Op((target.namespace, target._opname, target._overloadname))
+    return target
+
+
 def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]]) -> TracedModule:
     """Undo `TracedModule.__reduce__`: fx itself would trace the code again, for one mode only."""
     graph, nodes = fx.Graph(), {}
@@ -50,6 +68,8 @@ def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]])
         args, kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Reference) else a
         )
+        if isinstance(target, _Op):
+            target = functools.reduce(getattr, target.path, torch.ops)
         nodes[name] = graph.create_node(op, target, args, kwargs, name)
         nodes[name].meta.update({} if source is None else {"source": source})
     root = nn.Module()

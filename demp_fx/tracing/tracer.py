@@ -51,6 +51,7 @@ class Tracer(fx.Tracer):
 
     Attributes:
         opaque, baked: see `TraceNotes`.
+        chosen: the modules in `opaque` that were not even tried.
     """
 
     proxy_buffer_attributes = True
@@ -60,6 +61,7 @@ class Tracer(fx.Tracer):
         self._autowrap_search += [torch, F]
         self.bound = bound
         self.opaque: dict[str, str] = {}
+        self.chosen: set[str] = set()
         self.baked: dict[str, None] = {}
         self.tensor_proxies: dict[str, TensorProxy] = {}
 
@@ -122,6 +124,7 @@ class Tracer(fx.Tracer):
         expression = expression_of(m)
         reason = _left_whole(m, expression is not None or self.is_leaf_module(m, name))
         if reason:
+            self.chosen.add(name)
             self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
