@@ -8,7 +8,9 @@ traced stays whole, with the reason in the notes.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -16,9 +18,11 @@ from torch import fx, nn
 from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.tracing.exported import Exporter
+from demp_fx.tracing.merge import DiffersError, Version, merge
 from demp_fx.tracing.module import TracedModule, TraceNotes, assemble
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
+from demp_fx.tracing.values import in_mode
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
@@ -42,10 +46,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
         TraceError: the model's own forward could not be traced.
     """
     inputs = Inputs.of(example_inputs)
-    bound = _bind(_checked(model), inputs)
+    _bind(_checked(model), inputs)
     own = set(vars(model))
     try:
-        graph, notes = _graph(model, bound, _bind(model, inputs))
+        graph, notes = _graph(model, lambda: _bind(model, inputs))
         module = assemble(model, graph, type(model).__name__)
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
@@ -61,12 +65,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
 
 
 def _graph(
-    model: nn.Module, bound: inspect.BoundArguments, again: inspect.BoundArguments
+    model: nn.Module, bind: Callable[[], inspect.BoundArguments]
 ) -> tuple[fx.Graph, TraceNotes]:
-    """The graph of the first front end that can make one; tracing uses `bound` up."""
-    tracer = Tracer(bound)
+    """The graph of the first front end that can make one."""
     try:
-        graph = tracer.trace(model)
+        graph, tracer = _symbolic(model, bind)
         failure, where, why = None, "", _mostly_opaque(model, tracer)
         if not why:
             return graph, TraceNotes(tracer.opaque, list(tracer.baked))
@@ -74,15 +77,15 @@ def _graph(
         raise
     except Exception as error:
         failure, where, why = error, failed_at(error), first_line(error)
-    exporter = Exporter(model, again)
+    exporter = Exporter(model, bind())
     try:
         exported = exporter.trace()
     except Exception as error:
         if failure is None:
             return graph, TraceNotes(tracer.opaque, list(tracer.baked))
         raise TraceError(
-            f"{where}: {type(model).__name__} could not be traced: {why}. Nor could "
-            f"torch.export take it: {first_line(error)} at {failed_at(error)}. "
+            f"{where}: {type(model).__name__} could not be traced: {why}. Nor could torch.export "
+            f"take it, at {failed_at(error)}: {first_line(error)}. "
             "Move these lines into a submodule, which is then left whole, or into a function "
             "decorated with torch.fx.wrap."
         ) from failure
@@ -90,6 +93,25 @@ def _graph(
         setattr(model, name, constant)
     reason = f"{where}: {why}" if where else why
     return exported, TraceNotes({}, list(exporter.baked), reason)
+
+
+def _symbolic(
+    model: nn.Module, bind: Callable[[], inspect.BoundArguments]
+) -> tuple[fx.Graph, Tracer]:
+    """The graph by symbolic tracing. Where Python asks for the mode it is traced in both, and flags
+    and numbers that differ follow it; where more differs it stays in the mode that it is in."""
+    tracer = Tracer(bind())
+    graph = tracer.trace(model)
+    if tracer.by_mode:
+        versions = []
+        for training in (False, True):
+            with in_mode(model, training), contextlib.suppress(Exception):
+                versions.append(Version(Tracer(bind()).trace(model)))
+        with contextlib.suppress(DiffersError, ValueError):
+            evaluated, trained = versions
+            graph = merge(evaluated, trained)
+            tracer.baked = {note: None for note in tracer.baked if note not in tracer.by_mode}
+    return graph, tracer
 
 
 def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat, tensors_of
+from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import on_meta, on_zeros, placeholder, without_collection
@@ -96,6 +97,7 @@ class Walk(Stream):
         if node.op == "call_module" and str(node.target) in self.opaque:
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs)
+        self._pin_cropped(node)
         start, versions = self.system.mark(), dict(self.versions)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -197,6 +199,16 @@ class Walk(Stream):
             if isinstance(leaf, Tensor):
                 for label in self.value(leaf).labels:
                     self.system.pin(label, reason, self.site)
+
+    def _pin_cropped(self, node: fx.Node) -> None:
+        """What the example reads of a table that is cropped at a size is not all that is read."""
+        source = node.args[0] if node.args else None
+        tensor = self.env[source] if isinstance(source, fx.Node) else None
+        if isinstance(tensor, Tensor) and (labels := self.value(tensor).labels):
+            dims = cropped_dims(node, tensor.dim())
+            for label in labels if dims else ():
+                if dims & set(varying(label)):
+                    self.system.pin(label, "is cropped at a size of the input", self.site)
 
     # -- places to cut --------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from demp_fx.tracing.layers import restore_layers
 from demp_fx.tracing.lower import lower, tidy
 from demp_fx.tracing.merge import Version, merge
 from demp_fx.tracing.source import first_line
-from demp_fx.tracing.values import set_modes
+from demp_fx.tracing.values import in_mode
 
 # Batch sizes to export with: none that another dim has, so that it is not taken for the batch.
 _BATCHES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
@@ -71,12 +71,14 @@ class Exporter:
         return graph
 
     def _both_modes(self, arguments: Arguments, free: bool) -> fx.Graph:
+        """The graph of the mode that the model is in, merged with that of the other one. Free sizes
+        are slow: the other graph does without at first, and takes the sizes of this one."""
         mode = self.model.training
         versions = {mode: self._version(arguments, free, mode, self.dtype)}
         other = torch.float64 if self.dtype == torch.float32 else torch.float32
-        for dtype in (other, self.dtype) if self.typical else (self.dtype,):
+        for trial in (False, other), (free, self.dtype):
             try:
-                versions[not mode] = self._version(arguments, free, not mode, dtype)
+                versions[not mode] = self._version(arguments, trial[0], not mode, trial[1])
                 return merge(versions[False], versions[True], self.typical)
             except Exception as error:
                 reason = first_line(error)
@@ -92,7 +94,7 @@ class Exporter:
             Tensor, lambda t: t.to(dtype) if t.dtype == self.dtype else t, arguments
         )
         with (
-            self._mode(training), _parameters_in(self.model, self.dtype, dtype),
+            in_mode(self.model, training), _parameters_in(self.model, self.dtype, dtype),
             self._known_outputs(), warnings.catch_warnings(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
@@ -105,15 +107,6 @@ class Exporter:
         restore_layers(graph, self.model)
         self.constants |= constants
         return Version(graph, dtype)
-
-    @contextlib.contextmanager
-    def _mode(self, training: bool) -> Iterator[None]:
-        before = {m: m.training for m in self.model.modules()}
-        set_modes(dict.fromkeys(before, training))
-        try:
-            yield
-        finally:
-            set_modes(before)
 
     @contextlib.contextmanager
     def _known_outputs(self) -> Iterator[None]:

@@ -132,7 +132,8 @@ class _Lowering:
         kwargs = {k: self._argument(a, env) for k, a in node.kwargs.items()}
         if target is operator.getitem and not isinstance(args[0], fx.Node):
             return args[0][args[1]]  # of what a subgraph returned
-        if target is aten.slice.Tensor and args[2:] in ((0, _END), (None, _END)):
+        whole = target is aten.slice.Tensor and args[2:] in ((0, _END), (None, _END))
+        if whole or target is aten.alias.default:
             return args[0]
         if target is aten.cat.default:
             args = (self._pieces(args[0]), *args[1:])

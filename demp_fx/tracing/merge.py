@@ -2,6 +2,7 @@
 
 Where a number or a flag differs it depends on the mode: it is read from the `training` of the
 module it belongs to. Where a dtype differs it depends on the parameters': it is read from one.
+Where one graph has a size and the other a number, the size is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 # Copies that are made or not, as the memory layout of what a kernel returns asks for.
@@ -26,13 +27,13 @@ class DiffersError(Exception):
 
 @dataclass(frozen=True)
 class Version:
-    """A graph, and the dtype of the parameters that it was made with."""
+    """A graph, and the dtype of the parameters where it has been written into the graph."""
 
     graph: fx.Graph
-    dtype: torch.dtype
+    dtype: torch.dtype | None = None
 
 
-def merge(evaluated: Version, trained: Version, typical: str) -> fx.Graph:
+def merge(evaluated: Version, trained: Version, typical: str = "") -> fx.Graph:
     """One graph for both modes; `typical`: the name of a parameter that has the versions' dtype.
 
     Raises `DiffersError` where the ops of the two modes are not the same.
@@ -67,7 +68,10 @@ class _Merge:
         return self.graph
 
     def _one(self, n: fx.Node, env: dict[fx.Node, fx.Node], mode: str) -> None:
-        """A node of one mode alone."""
+        """A node of one graph alone."""
+        if not isinstance(n.meta.get("val", Tensor()), Tensor) and n.op == "call_function":
+            env[n] = self.graph.node_copy(n, env.__getitem__)  # a size, which the other one knows
+            return
         if n.target not in _LAYOUT:
             raise DiffersError(f"{n.target} runs in {mode} mode only, at {n.meta['source']}")
         env[n] = self.graph.node_copy(n, env.__getitem__)
@@ -85,13 +89,20 @@ class _Merge:
         """One argument out of two."""
         if isinstance(e, fx.Node) and isinstance(t, fx.Node):
             return self._node(e, t, user)
+        if isinstance(e, fx.Node) and _size(e) == t:
+            return self.left[e]
+        if isinstance(t, fx.Node) and _size(t) == e:
+            return self.right[t]
         if isinstance(e, (list, tuple)) and isinstance(t, (list, tuple)) and len(e) == len(t):
             return type(e)(self._pair(x, y, user) for x, y in zip(e, t, strict=True))
         if isinstance(e, dict) and isinstance(t, dict) and e.keys() == t.keys():
             return {k: self._pair(e[k], t[k], user) for k in e}
+        if isinstance(e, slice) and isinstance(t, slice):
+            ends = ((e.start, t.start), (e.stop, t.stop), (e.step, t.step))
+            return slice(*(self._pair(x, y, user) for x, y in ends))
         if type(e) is type(t) and e == t:
             return e
-        if (e, t) == (self.evaluated.dtype, self.trained.dtype):
+        if isinstance(e, torch.dtype) and (e, t) == (self.evaluated.dtype, self.trained.dtype):
             return self._dtype(user)
         if isinstance(e, float) and isinstance(t, float):
             limit = _limit(e, t, self.evaluated.dtype, self.trained.dtype)
@@ -157,6 +168,12 @@ def _uncast(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
+def _size(node: fx.Node) -> int | float | None:
+    """The number that a size was when the graph was made, None for anything else."""
+    value = node.meta.get("val")
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else None
+
+
 def _keys(nodes: list[fx.Node]) -> list[tuple[Any, ...]]:
     """What nodes of two graphs must have in common to be taken for one."""
     return [(n.op, n.target if n.op != "output" else "", n.meta.get("module")) for n in nodes]
@@ -175,9 +192,12 @@ def _aligned(e: fx.Node, t: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     return (tuple(left[0]), tuple(right[0])), (left[1], right[1])
 
 
-def _limit(e: float, t: float, left: torch.dtype, right: torch.dtype) -> str | None:
+def _limit(e: float, t: float, left: torch.dtype | None, right: torch.dtype | None) -> str | None:
     """The name of the `torch.finfo` limit that two numbers are, each of its dtype."""
+    if left is None or right is None or left == right:
+        return None
+    low, high = torch.finfo(left), torch.finfo(right)
     for name in ("min", "max", "eps", "tiny"):
-        if (e, t) == (getattr(torch.finfo(left), name), getattr(torch.finfo(right), name)):
-            return name if left != right else None
+        if (e, t) == (getattr(low, name), getattr(high, name)):
+            return name
     return None

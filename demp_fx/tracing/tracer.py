@@ -52,6 +52,7 @@ class Tracer(fx.Tracer):
     Attributes:
         opaque, baked: see `TraceNotes`.
         chosen: the modules in `opaque` that were not even tried.
+        by_mode: the entries of `baked` that are decisions on train or eval mode.
     """
 
     proxy_buffer_attributes = True
@@ -63,6 +64,7 @@ class Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.chosen: set[str] = set()
         self.baked: dict[str, None] = {}
+        self.by_mode: set[str] = set()
         self.tensor_proxies: dict[str, TensorProxy] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -169,6 +171,8 @@ class Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         ends = node.op in ("placeholder", "output")
         node.meta["source"] = self.entry if ends else user_line(sys._getframe())
+        call, (path, _) = next(reversed(self.module_stack.items()), ("", ("", None)))
+        node.meta["module"] = (path, call)
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -206,7 +210,10 @@ class Tracer(fx.Tracer):
         modes = self.values.training
         found = [modes[n.target] for n in (node, *node.all_input_nodes) if n.target in modes]
         what = f"{'train' if found[0] else 'eval'} mode" if found else "the example inputs' sizes"
-        self.baked[f"{quoted(user_line(sys._getframe()))} followed for {what}"] = None
+        note = f"{quoted(user_line(sys._getframe()))} followed for {what}"
+        self.baked[note] = None
+        if found:
+            self.by_mode.add(note)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.decided(obj))
