@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +21,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from demp_fx.tracing.layers import restore_layers
-from demp_fx.tracing.lower import lower, tidy
+from demp_fx.tracing.lower import lower, prune
 from demp_fx.tracing.merge import Version, merge
 from demp_fx.tracing.source import first_line
 from demp_fx.tracing.values import in_mode
@@ -67,7 +69,9 @@ class Exporter:
             self.baked = before
             graph = self._both_modes(given, free=False)
             self.baked[f"sizes of the inputs fixed at the example's: {first_line(error)}"] = None
-        tidy(graph)
+        prune(graph)
+        for node in graph.nodes:  # what torch.export says of nodes cannot be pickled
+            node.meta = {"source": node.meta["source"]}
         return graph
 
     def _both_modes(self, arguments: Arguments, free: bool) -> fx.Graph:
@@ -95,9 +99,8 @@ class Exporter:
         )
         with (
             in_mode(self.model, training), _parameters_in(self.model, self.dtype, dtype),
-            self._known_outputs(), warnings.catch_warnings(),
+            self._known_outputs(), _quiet(),
         ):  # fmt: skip
-            warnings.simplefilter("ignore")
             program = torch.export.export(
                 self.model, *cast, dynamic_shapes=_shapes(self.bound, cast, free), strict=False
             )
@@ -105,6 +108,7 @@ class Exporter:
         if free:
             _check_batch(graph)
         restore_layers(graph, self.model)
+        prune(graph)
         self.constants |= constants
         return Version(graph, dtype)
 
@@ -127,6 +131,22 @@ class Exporter:
         kind = type(leaf).__name__
         self.baked[f"output{pytree.keystr(path)} left out: nothing is known of a {kind}"] = None
         return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs, traces and advice that torch.export prints on its way to an exception."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 @contextlib.contextmanager

@@ -35,13 +35,11 @@ def lower(
     return _Lowering(program, model, bound).run()
 
 
-def tidy(graph: fx.Graph) -> None:
-    """Take out what nothing uses, and every node's meta but the user's line."""
+def prune(graph: fx.Graph) -> None:
+    """Take out what nothing uses."""
     for node in reversed(graph.nodes):
         if not node.users and node.op in ("get_attr", "call_function") and not _acts(node.target):
             graph.erase_node(node)
-    for node in graph.nodes:
-        node.meta = {"source": node.meta["source"]}
 
 
 def _acts(target: Any) -> bool:

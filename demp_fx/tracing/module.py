@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,10 @@ class TracedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, TracedModule)
-        copied._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        whole = nn.Module()  # what the graph does not use is not in a copy of a GraphModule
+        kept = {key: value for key, value in vars(self).items() if key in vars(whole)}
+        whole.__dict__.update(copy.deepcopy(kept, memo))
+        _mirror(whole, copied, {})
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,17 +93,17 @@ def assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
     return module
 
 
-def _mirror(source: nn.Module, copy: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
-    seen[source] = copy
-    if copy is source:
+def _mirror(source: nn.Module, target: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
+    seen[source] = target
+    if target is source:
         return
-    copy.training = source.training
-    constants = copy._buffers.keys() - source._buffers.keys()
-    copy._non_persistent_buffers_set = source._non_persistent_buffers_set | constants
-    copy._parameters = {**source._parameters, **copy._parameters}
-    copy._buffers = {**source._buffers, **copy._buffers}
-    children = copy._modules
-    copy._modules = {}
+    target.training = source.training
+    constants = target._buffers.keys() - source._buffers.keys()
+    target._non_persistent_buffers_set = source._non_persistent_buffers_set | constants
+    target._parameters = {**source._parameters, **target._parameters}
+    target._buffers = {**source._buffers, **target._buffers}
+    children = target._modules
+    target._modules = {}
     for name, child in source._modules.items():
         if child is None:
             continue
@@ -107,5 +111,5 @@ def _mirror(source: nn.Module, copy: nn.Module, seen: dict[nn.Module, nn.Module]
         if twin is None and child.state_dict():
             twin = child
         if twin is not None:
-            copy._modules[name] = twin
+            target._modules[name] = twin
             _mirror(child, twin, seen)
