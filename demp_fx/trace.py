@@ -3,7 +3,8 @@
 Beyond `torch.fx.Tracer`: `module.training` is a node, so the graph follows train() and eval();
 composite `torch.nn` modules appear as their parts (`expressions`), functions behind `torch.fx.wrap`
 as what they do; control flow on sizes follows the example inputs; and a submodule that cannot be
-traced stays whole, with the reason in the notes.
+traced stays whole, with the reason in the notes. Where Python asks for the mode, both are traced
+and merged. What cannot be traced so, or only as one opaque leaf, goes to `torch.export`.
 """
 
 from __future__ import annotations

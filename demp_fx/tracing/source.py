@@ -49,9 +49,11 @@ def first_line(error: BaseException) -> str:
 
 
 def traced_line(stack: str) -> str | None:
-    """The innermost line outside torch and this package in a stack trace as torch.export keeps it,
-    or else the innermost of all; None in an empty one."""
-    lines = [f"{file}:{number}" for file, number in _FRAME.findall(stack)]
-    users = [line for line in lines if not line.startswith((_TORCH, _HERE))]
-    found = users or lines
-    return found[-1] if found else None
+    """The innermost line outside torch and this package in a stack trace as torch.export keeps it;
+    None where there is none."""
+    lines = [
+        f"{file}:{number}"
+        for file, number in _FRAME.findall(stack)
+        if not file.startswith((_TORCH, _HERE, "torch/"))
+    ]
+    return lines[-1] if lines else None

@@ -50,18 +50,18 @@ class Transformer:
 TRANSFORMERS = {
     "bert": Transformer(
         lambda: hf.BertModel(hf.BertConfig(**_COMMON, max_position_embeddings=32)),
-        ("intermediate.dense",), ".output.dense",
+        ("intermediate.dense",), ".output.dense", exported=False,
     ),
     "roberta": Transformer(
         lambda: hf.RobertaModel(hf.RobertaConfig(**_COMMON, **_TOKENS, max_position_embeddings=32)),
-        ("intermediate.dense",), ".output.dense",
+        ("intermediate.dense",), ".output.dense", exported=False,
     ),
     "distilbert": Transformer(
         lambda: hf.DistilBertModel(
             hf.DistilBertConfig(vocab_size=WORDS, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS,
                                 hidden_dim=HIDDEN, max_position_embeddings=32)
         ),
-        ("ffn.lin1",), "ffn.lin2",
+        ("ffn.lin1",), "ffn.lin2", exported=False,
     ),
     "gpt2": Transformer(
         lambda: hf.GPT2LMHeadModel(
