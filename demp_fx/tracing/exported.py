@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.tracing.layers import restore_layers
 from demp_fx.tracing.lower import lower, prune
 from demp_fx.tracing.merge import Version, merge
+from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.source import first_line
 from demp_fx.tracing.values import in_mode
 
@@ -98,8 +99,8 @@ class Exporter:
             Tensor, lambda t: t.to(dtype) if t.dtype == self.dtype else t, arguments
         )
         with (
-            in_mode(self.model, training), _parameters_in(self.model, self.dtype, dtype),
-            self._known_outputs(), _quiet(),
+            preserved(self.model), in_mode(self.model, training), self._known_outputs(),
+            _parameters_in(self.model, self.dtype, dtype), _quiet(),
         ):  # fmt: skip
             program = torch.export.export(
                 self.model, *cast, dynamic_shapes=_shapes(self.bound, cast, free), strict=False
