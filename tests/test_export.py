@@ -75,7 +75,8 @@ def assert_same(graph: nn.Module, model: nn.Module, *inputs: Any, **named: Any) 
     for training in (False, True):
         ours, theirs = copy.deepcopy(graph).train(training), copy.deepcopy(model).train(training)
         with Still():
-            torch.testing.assert_close(ours(*inputs, **named), theirs(*inputs, **named))
+            found, expected = ours(*inputs, **named), theirs(*inputs, **named)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
@@ -265,6 +266,15 @@ def test_dtypes_that_the_forward_asks_for_follow_the_parameters() -> None:
     graph = traced(model, X)
     assert_same(graph, model, X)
     assert_same(graph.float(), model.float(), X.float())
+
+
+def test_constants_are_those_of_the_models_dtype() -> None:
+    class Adds(Returns):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(checked(x))
+            return h + torch.tensor(0.1, dtype=h.dtype)
+
+    assert_same(traced(Adds(None), X), Adds(None), X)
 
 
 def test_no_device_is_written_into_the_graph() -> None:

@@ -80,6 +80,7 @@ class Exporter:
         are slow: the other graph does without at first, and takes the sizes of this one."""
         mode = self.model.training
         versions = {mode: self._version(arguments, free, mode, self.dtype)}
+        self.constants = versions[mode].constants
         other = torch.float64 if self.dtype == torch.float32 else torch.float32
         for trial in (False, other), (free, self.dtype):
             try:
@@ -110,8 +111,7 @@ class Exporter:
             _check_batch(graph)
         restore_layers(graph, self.model)
         prune(graph)
-        self.constants |= constants
-        return Version(graph, dtype)
+        return Version(graph, dtype, constants)
 
     @contextlib.contextmanager
     def _known_outputs(self) -> Iterator[None]:

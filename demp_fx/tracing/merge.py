@@ -27,10 +27,12 @@ class DiffersError(Exception):
 
 @dataclass(frozen=True)
 class Version:
-    """A graph, and the dtype of the parameters where it has been written into the graph."""
+    """A graph, the dtype of the parameters where it has been written into the graph, and tensors
+    that the graph reads and the model does not have."""
 
     graph: fx.Graph
     dtype: torch.dtype | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 def merge(evaluated: Version, trained: Version, typical: str = "") -> fx.Graph:
@@ -81,6 +83,11 @@ class _Merge:
         (e_args, t_args), (e_kwargs, t_kwargs) = _aligned(e, t)
         args = self._pair(e_args, t_args, t)
         kwargs = self._pair(e_kwargs, t_kwargs, t)
+        one, other = (
+            v.constants.get(str(n.target)) for v, n in ((self.evaluated, e), (self.trained, t))
+        )
+        if one is not None and other is not None and not torch.equal(one.to(other), other):
+            raise DiffersError(f"a constant at {t.meta['source']} is another one in train mode")
         made = self.graph.create_node(t.op, t.target, args, kwargs, t.name)
         made.meta = dict(t.meta)
         self.left[e] = self.right[t] = made
