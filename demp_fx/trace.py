@@ -3,21 +3,27 @@
 Beyond `torch.fx.Tracer`: `module.training` is a node, so the graph follows train() and eval();
 composite `torch.nn` modules appear as their parts (`expressions`), functions behind `torch.fx.wrap`
 as what they do; control flow on sizes follows the example inputs; and a submodule that cannot be
-traced stays whole, with the reason in the notes.
+traced stays whole, with the reason in the notes. Where Python asks for the mode, both are traced
+and merged. What cannot be traced so, or only as one opaque leaf, goes to `torch.export`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
 
 from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.tracing.exported import Exporter
+from demp_fx.tracing.merge import DiffersError, Version, merge
 from demp_fx.tracing.module import TracedModule, TraceNotes, assemble
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
+from demp_fx.tracing.values import in_mode
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
@@ -41,29 +47,83 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
         TraceError: the model's own forward could not be traced.
     """
     inputs = Inputs.of(example_inputs)
-    bound = _bind(_checked(model), inputs)
-    tracer = Tracer(bound)
+    _bind(_checked(model), inputs)
     own = set(vars(model))
     try:
-        graph = tracer.trace(model)
+        graph, notes = _graph(model, lambda: _bind(model, inputs))
         module = assemble(model, graph, type(model).__name__)
-    except DempError:
-        raise
-    except Exception as error:
-        raise TraceError(
-            f"{failed_at(error)}: {type(model).__name__} could not be traced: {first_line(error)}. "
-            "Move these lines into a submodule, which is then left whole, or into a function "
-            "decorated with torch.fx.wrap."
-        ) from error
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
             delattr(model, constant)
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     before = meta.get("demp_fx", TraceNotes())
-    baked = list(dict.fromkeys([*before.baked, *tracer.baked]))
+    baked = list(dict.fromkeys([*before.baked, *notes.baked]))
     module.meta["example_inputs"] = inputs.map(lambda t: torch.empty_like(t, device="meta"))
-    module.meta["demp_fx"] = TraceNotes({**before.opaque, **tracer.opaque}, baked)
+    module.meta["demp_fx"] = TraceNotes(
+        {**before.opaque, **notes.opaque}, baked, notes.exported or before.exported
+    )
     return module
+
+
+def _graph(
+    model: nn.Module, bind: Callable[[], inspect.BoundArguments]
+) -> tuple[fx.Graph, TraceNotes]:
+    """The graph of the first front end that can make one."""
+    try:
+        graph, tracer = _symbolic(model, bind)
+        failure, where, why = None, "", _mostly_opaque(model, tracer)
+        if not why:
+            return graph, TraceNotes(tracer.opaque, list(tracer.baked))
+    except DempError:
+        raise
+    except Exception as error:
+        failure, where, why = error, failed_at(error), first_line(error)
+    exporter = Exporter(model, bind())
+    try:
+        exported = exporter.trace()
+    except Exception as error:
+        if failure is None:
+            return graph, TraceNotes(tracer.opaque, list(tracer.baked))
+        raise TraceError(
+            f"{where}: {type(model).__name__} could not be traced: {why}. Nor could torch.export "
+            f"take it, at {failed_at(error)}: {first_line(error)}. "
+            "Move these lines into a submodule, which is then left whole, or into a function "
+            "decorated with torch.fx.wrap."
+        ) from failure
+    for name, constant in exporter.constants.items():
+        setattr(model, name, constant)
+    reason = f"{where}: {why}" if where else why
+    return exported, TraceNotes({}, list(exporter.baked), reason)
+
+
+def _symbolic(
+    model: nn.Module, bind: Callable[[], inspect.BoundArguments]
+) -> tuple[fx.Graph, Tracer]:
+    """The graph by symbolic tracing. Where Python asks for the mode it is traced in both, and flags
+    and numbers that differ follow it; where more differs it stays in the mode that it is in."""
+    tracer = Tracer(bind())
+    graph = tracer.trace(model)
+    if tracer.by_mode:
+        versions = []
+        for training in (False, True):
+            with in_mode(model, training), contextlib.suppress(Exception):
+                versions.append(Version(Tracer(bind()).trace(model)))
+        with contextlib.suppress(DiffersError, ValueError):
+            evaluated, trained = versions
+            graph = merge(evaluated, trained)
+            tracer.baked = {note: None for note in tracer.baked if note not in tracer.by_mode}
+    return graph, tracer
+
+
+def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:
+    """Why a graph says too little: most of the parameters are in modules that failed; or ""."""
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    modules = dict(model.named_modules())
+    names = [n for n in tracer.opaque if n in modules and n not in tracer.chosen]
+    hidden = {id(p) for name in names for p in modules[name].parameters()}
+    if 2 * sum(sizes[p] for p in hidden) <= sum(sizes.values()):
+        return ""
+    return f"{names[0]} could not be traced: {tracer.opaque[names[0]]}"
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -77,6 +77,25 @@ def test_a_module_called_twice_has_one_name(net: Net) -> None:
     assert "tied.linear" not in called
 
 
+def test_a_cache_that_the_forward_fills_is_not_touched() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.cache, self.seen = nn.Linear(4, 4).double(), {"old": 1}, [1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            self.last = self.cache["new"] = self.linear.weight * 2
+            return x @ self.cache["new"]
+
+    model = Caches()
+    graph = demp_fx.trace(model, X)
+    assert model.cache == {"old": 1}
+    assert model.seen == [1]
+    assert not hasattr(model, "last")
+    torch.testing.assert_close(graph(X), model(X))
+
+
 def test_one_graph_follows_train_and_eval(net: Net) -> None:
     graph = demp_fx.trace(net, X)
     assert {"blocks.0.training", "blocks.1.training"} <= set(targets(graph))
@@ -443,7 +462,8 @@ def test_a_tensor_computed_from_parameters_aside_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + sum(p.sum() for p in self.parameters())
 
-    assert "inner" in demp_fx.trace(Outer(Aside()), X).meta["demp_fx"].opaque
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Aside()).double()
+    assert "2" in demp_fx.trace(model, X).meta["demp_fx"].opaque
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.channels.averages import takes_average
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat, tensors_of
+from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import on_meta, on_zeros, placeholder, without_collection
@@ -29,8 +30,10 @@ from demp_fx.channels.value import Value
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-SIZES = {getattr, "size", "dim", "numel", "ndimension"}
+aten = torch.ops.aten
+IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}
+SUMS = {operator.add, torch.add, "add", aten.add.Tensor, *IN_PLACE_SUMS}
+SIZES = {getattr, "size", "dim", "numel", "ndimension", aten.sym_size.int}
 
 
 class RefusalError(UsageError):
@@ -95,6 +98,7 @@ class Walk(Stream):
         if node.op == "call_module" and str(node.target) in self.opaque:
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs)
+        self._pin_cropped(node)
         start, versions = self.system.mark(), dict(self.versions)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -198,6 +202,16 @@ class Walk(Stream):
                 for label in self.value(leaf).labels:
                     self.system.pin(label, reason, self.site)
 
+    def _pin_cropped(self, node: fx.Node) -> None:
+        """What the example reads of a table that is cropped at a size is not all that is read."""
+        source = node.args[0] if node.args else None
+        tensor = self.env[source] if isinstance(source, fx.Node) else None
+        if isinstance(tensor, Tensor) and (labels := self.value(tensor).labels):
+            dims = cropped_dims(node, tensor.dim())
+            for label in labels if dims else ():
+                if dims & set(varying(label)):
+                    self.system.pin(label, "is cropped at a size of the input", self.site)
+
     # -- places to cut --------------------------------------------------------------------------
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False) -> Any:
@@ -288,7 +302,7 @@ class Walk(Stream):
         x, y = self.env[a], self.env[b]
         if "get_attr" in (a.op, b.op) or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return False
-        if node.target in (operator.iadd, "add_") and len(a.users) > 1:
+        if node.target in IN_PLACE_SUMS and len(a.users) > 1:
             return False
         if x.shape != y.shape or x.dtype != y.dtype:
             return False

@@ -22,7 +22,7 @@ from demp_fx.passes.plan import Folding, Gather, PruningPlan, Selection, Spread,
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
 
-CATS = {torch.cat, torch.concat, torch.concatenate}
+CATS = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}
 
 
 def plan_of(walk: Walk, solution: Solution) -> PruningPlan:

@@ -204,7 +204,28 @@ def _attention(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         yield Literal(node=node.name, path=["kwargs", "scale"], value=float(width) ** -0.5)
 
 
+def _slice(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`aten.slice(x, dim, start, end)`: `x[:, a:b]` as torch.export writes it."""
+    source = node.all_input_nodes[0]
+    _, dim = _argument(node, 1, "dim", 0)
+    if sizes.env[source].size(dim) == sizes.env[node].size(dim):
+        return
+    mask = sizes.cut(node, source, dim)
+    for position, name in ((2, "start"), (3, "end")):
+        path, bound = _argument(node, position, name, None)
+        if mask is not None and isinstance(bound, int):
+            place = int(mask[: slice(bound).indices(mask.numel())[1]].sum())
+            yield Literal(node=node.name, path=path, value=place)
+
+
+def _split_evenly(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """Equal pieces of a given size: they may now differ."""
+    for literal in _split(node, sizes):
+        yield literal.model_copy(update={"target": "split"})
+
+
 F = torch.nn.functional
+aten = torch.ops.aten
 ROWS: dict[Any, Row] = {
     **dict.fromkeys(("view", "reshape", "expand", torch.reshape), _shape),
     **dict.fromkeys(("split", "split_with_sizes", torch.split, torch.split_with_sizes), _split),
@@ -214,6 +235,19 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
     operator.getitem: _getitem,
     F.scaled_dot_product_attention: _attention,
+    # the same, as torch.export writes them
+    **dict.fromkeys(
+        (aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default),
+        _shape,
+    ),
+    aten.split_with_sizes.default: _split,
+    aten.split.Tensor: _split_evenly,
+    aten.chunk.default: _chunk,
+    aten.narrow.default: _narrow,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.scaled_dot_product_attention.default: _attention,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _groups),
 }
 # Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
-SIZED = {target for target, row in ROWS.items() if row in (_shape, _split, _chunk)}
+SIZED = {target for target, row in ROWS.items() if row in (_shape, _split, _split_evenly, _chunk)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from demp_fx.passes.plan import Literal
 from demp_fx.passes.resize import SIZED, Sizes
 
-ASKS = {"size", getattr}
+ASKS = {"size", getattr, torch.ops.aten.sym_size.int}
 
 
 def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
@@ -46,7 +47,7 @@ def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal]:
 def _asks(node: fx.Node, sizes: Sizes) -> bool:
     """Whether `x.shape`, `x.size()` or `x.size(d)` includes a size that changes."""
     source: Any = node.args[0]
-    if node.target == "size" and (len(node.args) > 1 or "dim" in node.kwargs):
+    if node.target is not getattr and (len(node.args) > 1 or "dim" in node.kwargs):
         dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
         return dim % sizes.env[source].dim() in sizes.masks(source)
     return node.target == "size" or node.args[1] == "shape"

@@ -41,6 +41,8 @@ def summarize(name: str, graph: fx.GraphModule, planned: Planned, samples: int) 
         opaque=dict(notes.opaque),
         versions={"torch": torch.__version__, "python": platform.python_version()},
     )
+    if notes.exported:
+        report.assumptions.append(f"traced by torch.export: {notes.exported}")
     report.assumptions += [f"traced: {line}" for line in notes.baked]
     if samples:
         report.assumptions.append(

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.still import Still
 from demp_fx.report.model import Verification
 
+aten = torch.ops.aten
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
 FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
 
@@ -42,9 +44,8 @@ def verify(
     for training in (False, True) if train else (False,):
         errors[training] = None
         for trial in trials:
-            try:
-                expected = run(original, trial, training)
-            except (RuntimeError, ValueError):
+            expected = _expected(original, trial, training)
+            if expected is None:
                 continue  # a batch size, or a mode, that the original itself does not take
             found = run(narrow, trial, training)
             if _is_other_branch(narrow, training, expected, found):
@@ -69,7 +70,7 @@ def _is_other_branch(narrow: nn.Module, training: bool, expected: Any, found: An
     """Whether the original returns something else in this mode, and was traced in the other one
     (an `if self.training:` in its forward, which the trace has noted)."""
     notes = getattr(narrow, "meta", {}).get("demp_fx")
-    shapes = [len(pytree.tree_leaves(value)) for value in (expected, found)]
+    shapes = [len(_tensors(value)) for value in (expected, found)]
     return bool(notes and notes.baked) and training != narrow.training and len(set(shapes)) == 2
 
 
@@ -89,13 +90,45 @@ def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
     return inputs.map(draw)
 
 
-def run(module: nn.Module, inputs: Inputs, training: bool) -> Any:
-    """The output in float64, without gradients, randomness or a trace on the module."""
+def _expected(original: nn.Module, inputs: Inputs, training: bool) -> Any:
+    """The original's output; None if it refuses these inputs. It may look at the dtype of a layer's
+    weights from outside: then all of them are in float64 at once."""
+    for whole in (False, True):
+        try:
+            return run(original, inputs, training, whole)
+        except (RuntimeError, ValueError):
+            continue
+    return None
+
+
+class _KeepFloat64(TorchDispatchMode):
+    """Nothing in float64 is rounded to fewer digits, as norms are that always compute in float32:
+    rounding magnifies differences in the last digit."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype") or torch.int64
+        cast = func is aten._to_copy.default and args[0].dtype == torch.float64
+        if cast and dtype.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def run(module: nn.Module, inputs: Inputs, training: bool, whole: bool = False) -> Any:
+    """The output in float64, without gradients, randomness or a trace on the module.
+
+    `whole`: hold all parameters in float64 at once, not layer by layer.
+    """
     inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.train(training)
-        with torch.no_grad(), in_float64(module), Still():
+        with torch.no_grad(), in_float64(module, whole), Still(), _KeepFloat64():
             return module(*inputs.args, **inputs.kwargs)
     finally:
         for m, mode in modes:
@@ -104,10 +137,9 @@ def run(module: nn.Module, inputs: Inputs, training: bool) -> Any:
 
 def difference(expected: Any, found: Any) -> float:
     """The largest difference between two outputs, relative to the largest number expected."""
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     worst = 0.0
-    for a, b in pairs:
-        if not isinstance(a, Tensor) or a.numel() == 0:
+    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+        if a.numel() == 0:
             continue
         if a.shape != b.shape:
             return math.inf
@@ -120,15 +152,20 @@ def difference(expected: Any, found: Any) -> float:
     return worst
 
 
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in an output; a graph may leave out what is none, such as a cache."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
 @contextmanager
-def in_float64(module: nn.Module) -> Iterator[None]:
+def in_float64(module: nn.Module, whole: bool = False) -> Iterator[None]:
     """Meanwhile every layer computes with float64 copies of its parameters and buffers.
 
     The copies live only while their layer runs, so that a large network is never held twice; those
-    of a module that is no plain layer live until the end.
+    of a module that is no plain layer live until the end, and all of them with `whole`.
     """
     with ExitStack() as stack:
-        held = _held(module)
+        held = set(module.modules()) if whole else _held(module)
         for part in module.modules():
             if part in held:
                 stack.enter_context(_swapped(part))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 
@@ -14,6 +17,7 @@ class TraceNotes:
 
     opaque: dict[str, str] = field(default_factory=dict)  # qualified name -> "reason at file:line"
     baked: list[str] = field(default_factory=list)  # "file:line: `the line` followed for ..."
+    exported: str = ""  # why torch.export made the graph, if it did
 
 
 class TracedModule(fx.GraphModule):
@@ -22,7 +26,10 @@ class TracedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         copied = super().__deepcopy__(memo)
         assert isinstance(copied, TracedModule)
-        copied._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        whole = nn.Module()  # what the graph does not use is not in a copy of a GraphModule
+        kept = {key: value for key, value in vars(self).items() if key in vars(whole)}
+        whole.__dict__.update(copy.deepcopy(kept, memo))
+        _mirror(whole, copied, {})
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -30,7 +37,9 @@ class TracedModule(fx.GraphModule):
         rows = []
         for node in self.graph.nodes:
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _to_reference)
-            rows.append((node.op, node.target, args, kwargs, node.name, node.meta.get("source")))
+            rows.append(
+                (node.op, _to_name(node.target), args, kwargs, node.name, node.meta.get("source"))
+            )
         return _restore, (type(self).__name__, body, rows)
 
 
@@ -43,6 +52,19 @@ def _to_reference(argument: Any) -> Any:
     return _Reference(argument.name) if isinstance(argument, fx.Node) else argument
 
 
+@dataclass(frozen=True)
+class _Op:
+    """An ATen op, which does not pickle, by its name: "aten", "view", "default"."""
+
+    path: tuple[str, ...]
+
+
+def _to_name(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return _Op((target.namespace, target._opname, target._overloadname))
+    return target
+
+
 def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]]) -> TracedModule:
     """Undo `TracedModule.__reduce__`: fx itself would trace the code again, for one mode only."""
     graph, nodes = fx.Graph(), {}
@@ -50,6 +72,8 @@ def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]])
         args, kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Reference) else a
         )
+        if isinstance(target, _Op):
+            target = functools.reduce(getattr, target.path, torch.ops)
         nodes[name] = graph.create_node(op, target, args, kwargs, name)
         nodes[name].meta.update({} if source is None else {"source": source})
     root = nn.Module()
@@ -69,17 +93,17 @@ def assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
     return module
 
 
-def _mirror(source: nn.Module, copy: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
-    seen[source] = copy
-    if copy is source:
+def _mirror(source: nn.Module, target: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
+    seen[source] = target
+    if target is source:
         return
-    copy.training = source.training
-    constants = copy._buffers.keys() - source._buffers.keys()
-    copy._non_persistent_buffers_set = source._non_persistent_buffers_set | constants
-    copy._parameters = {**source._parameters, **copy._parameters}
-    copy._buffers = {**source._buffers, **copy._buffers}
-    children = copy._modules
-    copy._modules = {}
+    target.training = source.training
+    constants = target._buffers.keys() - source._buffers.keys()
+    target._non_persistent_buffers_set = source._non_persistent_buffers_set | constants
+    target._parameters = {**source._parameters, **target._parameters}
+    target._buffers = {**source._buffers, **target._buffers}
+    children = target._modules
+    target._modules = {}
     for name, child in source._modules.items():
         if child is None:
             continue
@@ -87,5 +111,5 @@ def _mirror(source: nn.Module, copy: nn.Module, seen: dict[nn.Module, nn.Module]
         if twin is None and child.state_dict():
             twin = child
         if twin is not None:
-            copy._modules[name] = twin
+            target._modules[name] = twin
             _mirror(child, twin, seen)

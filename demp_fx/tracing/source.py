@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import traceback
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 _TORCH = str(Path(torch.__file__).parent) + "/"
 _HERE = str(Path(__file__).parents[1]) + "/"
 _FACE = _HERE + "trace.py"
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
 def user_line(frame: types.FrameType | None) -> str:
@@ -44,3 +46,14 @@ def quoted(line: str) -> str:
 def first_line(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def traced_line(stack: str) -> str | None:
+    """The innermost line outside torch and this package in a stack trace as torch.export keeps it;
+    None where there is none."""
+    lines = [
+        f"{file}:{number}"
+        for file, number in _FRAME.findall(stack)
+        if not file.startswith((_TORCH, _HERE, "torch/"))
+    ]
+    return lines[-1] if lines else None

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import expression_of
+from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
     UNKNOWN,
@@ -51,6 +52,8 @@ class Tracer(fx.Tracer):
 
     Attributes:
         opaque, baked: see `TraceNotes`.
+        chosen: the modules in `opaque` that were not even tried.
+        by_mode: the entries of `baked` that are decisions on train or eval mode.
     """
 
     proxy_buffer_attributes = True
@@ -60,7 +63,9 @@ class Tracer(fx.Tracer):
         self._autowrap_search += [torch, F]
         self.bound = bound
         self.opaque: dict[str, str] = {}
+        self.chosen: set[str] = set()
         self.baked: dict[str, None] = {}
+        self.by_mode: set[str] = set()
         self.tensor_proxies: dict[str, TensorProxy] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -68,11 +73,9 @@ class Tracer(fx.Tracer):
         self.names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
         self.modes = {m: m.training for m in root.modules()}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
-        set_modes(self.flags)
-        try:
+        with preserved(root):
+            set_modes(self.flags)
             graph = super().trace(root, concrete_args)
-        finally:
-            set_modes(self.modes)
         graph._tracer_cls = None
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
@@ -122,6 +125,7 @@ class Tracer(fx.Tracer):
         expression = expression_of(m)
         reason = _left_whole(m, expression is not None or self.is_leaf_module(m, name))
         if reason:
+            self.chosen.add(name)
             self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
@@ -166,6 +170,8 @@ class Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         ends = node.op in ("placeholder", "output")
         node.meta["source"] = self.entry if ends else user_line(sys._getframe())
+        call, (path, _) = next(reversed(self.module_stack.items()), ("", ("", None)))
+        node.meta["module"] = (path, call)
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -203,7 +209,10 @@ class Tracer(fx.Tracer):
         modes = self.values.training
         found = [modes[n.target] for n in (node, *node.all_input_nodes) if n.target in modes]
         what = f"{'train' if found[0] else 'eval'} mode" if found else "the example inputs' sizes"
-        self.baked[f"{quoted(user_line(sys._getframe()))} followed for {what}"] = None
+        note = f"{quoted(user_line(sys._getframe()))} followed for {what}"
+        self.baked[note] = None
+        if found:
+            self.by_mode.add(note)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.decided(obj))

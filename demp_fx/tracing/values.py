@@ -32,6 +32,17 @@ def set_modes(modes: Mapping[nn.Module, Any]) -> None:
         module.__dict__["training"] = mode
 
 
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules of `model` in one mode meanwhile."""
+    before = {m: m.training for m in model.modules()}
+    set_modes(dict.fromkeys(before, training))
+    try:
+        yield
+    finally:
+        set_modes(before)
+
+
 class Values(fx.Interpreter):
     """What nodes give on meta tensors, worked out when asked for: sizes are known, data is not.
 
