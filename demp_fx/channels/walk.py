@@ -27,6 +27,7 @@ from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
 from demp_fx.channels.value import Value
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
+from demp_fx.tracing.functions import Apply
 
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SIZES = {getattr, "size", "dim", "numel", "ndimension"}
@@ -160,6 +161,8 @@ class Walk(Stream):
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
+        if isinstance(node.target, Apply):
+            return self.function(node.target, args, kwargs)
         try:
             with self:
                 if node.op == "call_module":

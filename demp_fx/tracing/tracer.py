@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import expression_of
+from demp_fx.tracing.functions import as_nodes
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
     UNKNOWN,
@@ -70,7 +71,8 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
         set_modes(self.flags)
         try:
-            graph = super().trace(root, concrete_args)
+            with as_nodes(self):
+                graph = super().trace(root, concrete_args)
         finally:
             set_modes(self.modes)
         graph._tracer_cls = None
