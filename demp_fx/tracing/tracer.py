@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import expression_of
-from demp_fx.tracing.functions import as_nodes
+from demp_fx.tracing.functions import as_nodes, batch_norms_in_parts
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
     UNKNOWN,
@@ -71,7 +71,7 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
         set_modes(self.flags)
         try:
-            with as_nodes(self):
+            with as_nodes(self), batch_norms_in_parts():
                 graph = super().trace(root, concrete_args)
         finally:
             set_modes(self.modes)
