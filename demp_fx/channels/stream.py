@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from demp_fx.channels.custom import FunctionOp, written
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.errors import DempError
+from demp_fx.tracing.functions import Apply
 
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 
@@ -52,6 +55,7 @@ class Stream(TorchDispatchMode):
         self.moves = 0  # how many of them only moved data,
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,
         self.shaped: list[Tensor] = []  # labels that have become blocks,
+        self.sliced: set[str] = set()  # nodes that take a part of an axis,
         self.splits = False  # whether an axis was split into blocks,
         self.counted = False  # whether zeros may leave an average that it takes over channels,
         self.opens = False  # and whether its channels go in with blocks, or come out of them
@@ -64,28 +68,59 @@ class Stream(TorchDispatchMode):
         try:
             out = func(*args, **kwargs) if shape is None or kwargs else shape(args)
         except NotImplementedError:
-            out = on_zeros(func, args, kwargs)
+            out = on_zeros(func, *self._with_masks(args, kwargs))
         except RuntimeError:  # a tensor that the model's code made of its own
             args, kwargs = as_meta((args, kwargs))
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except RuntimeError:
+                if func.namespace == "aten":
+                    raise
+                out = on_zeros(func, args, kwargs)  # an op of somebody's own, without a fake
         if self.quiet:
             return out
         site = Site(str(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
-        if torch.Tag.inplace in func.tags:
-            storage = args[0].untyped_storage()._cdata
+        for tensor in written(func, args, kwargs):
+            storage = tensor.untyped_storage()._cdata
             self.versions[storage] = self.versions.get(storage, 0) + 1
+        self._meet(call)
+        return out
+
+    def _with_masks(self, args: Any, kwargs: Any) -> Any:
+        """Arguments with the true values of masks and indices that are known: they tell sizes."""
+
+        def real(t: Tensor) -> Tensor:
+            data = None if t.is_floating_point() else self.value(t).data
+            return t if data is None or data.is_meta else data
+
+        return pytree.tree_map_only(Tensor, real, (args, kwargs))
+
+    def function(self, target: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an autograd function as one op, whatever its forward is made of (outside of the
+        mode, which would see that)."""
+        try:
+            out = target(*args, **kwargs)
+        except Exception:
+            out = on_zeros(target, args, kwargs)
+        op: Any = FunctionOp(target)
+        self._meet(Call(op, args, kwargs, out, Site(str(op), self.site.node, self.site.source)))
+        return out
+
+    def _meet(self, call: Call) -> None:
+        """Apply the rule of a call if anything is known of what goes into it."""
         for tensor in call.tensors:
             value = self.value(tensor)
             if value.labels or value.known is not None:
                 self._apply(call)
-                break
-        return out
+                return
 
     def _apply(self, call: Call) -> None:
         self.applied += 1
         try:
             self.rule_of(call.op)(self, call)
+        except IndexError:  # numbers that a narrower tensor does not have: the node is refused
+            raise
         except Exception as error:
             where = f"node {call.site.node!r} ({call.site.source})"
             raise DempError(f"the rule of {call.op} failed at {where}: {error!r}") from error

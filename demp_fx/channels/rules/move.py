@@ -31,6 +31,9 @@ SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select"
 
 def move(walk: Stream, call: Call) -> None:
     """The labels of the result are the op applied to the labels of the operand."""
+    if call.op._schema.overload_name == "dtype":  # `view(torch.int64)` is no view of places
+        _refuse(walk, call)
+        return
     tensor: Tensor = call.args[0]
     value = walk.value(tensor)
     name = call.op._schema.name
@@ -78,6 +81,7 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
         if _equal(old, new):
             return True
         if name in SLICES:
+            walk.sliced.add(call.site.node)
             return _run(old, new)
         short, long = sorted((old, new), key=Tensor.numel)
         return name in REPEATS and long.numel() % short.numel() == 0 and _repeats(short, long)
@@ -142,6 +146,11 @@ def cat(walk: Stream, call: Call) -> None:
     tensors = [t for t in tensors if t.dim() == out.dim()]
     dim = (call.arg("dim") or 0) % out.dim()
     keys = {varying(label) for t in tensors for label in walk.value(t).labels}
+    for t in tensors:  # a dim that two axes were merged into has two labels, a join has one
+        found = [varying(label) for label in walk.value(t).labels]
+        for label in walk.value(t).labels:
+            if found.count(varying(label)) > 1:
+                walk.pin(call, label, "is joined with channels of another axis merged in")
     labels = []
     for key in sorted(keys):
         pieces = [_piece(walk, t, key) for t in tensors]
@@ -325,7 +334,7 @@ RULES: dict[str, Rule] = {
 
 def _refuse(walk: Stream, call: Call) -> None:
     for label in walk.value(call.tensors[0]).labels:
-        walk.pin(call, label, "as_strided looks through the memory")
+        walk.pin(call, label, f"{call.op._schema.name} looks through the memory")
     walk.give(call.outputs[0], ())
 
 

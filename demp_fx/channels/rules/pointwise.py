@@ -21,6 +21,9 @@ COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten:
 # Elementwise, though the dispatcher does not say so.
 UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
             "aten::log_sigmoid_forward", "aten::rrelu_with_noise"}  # fmt: skip
+# Autograd functions of other packages that are elementwise, by class.
+FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
+             for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
 # Results of the operand's shape that hold none of its numbers.
 LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
@@ -169,10 +172,16 @@ def glu(walk: Stream, call: Call) -> None:
 
 
 def copy(walk: Stream, call: Call) -> None:
-    """The result is the operand."""
-    value = walk.value(call.tensors[0])
+    """The result is the operand, rounded where its dtype is another one."""
+    value, out = walk.value(call.tensors[0]), call.outputs[0]
+    facts, data = value.facts if walk.with_facts else None, value.data
+    if out.dtype != call.tensors[0].dtype:
+        data = None
+        if facts is not None:
+            rounded = facts.values.to(out.dtype).real.to(torch.float64)
+            facts = Facts.of(facts.known, rounded) if not bool(facts.profile.any()) else None
     walk.moves += 1
-    walk.give(call.outputs[0], value.labels, value.facts, value.data)
+    walk.give(out, value.labels, facts, data)
 
 
 def like(walk: Stream, call: Call) -> None:
@@ -182,7 +191,7 @@ def like(walk: Stream, call: Call) -> None:
 
 RULES: dict[str, Rule] = {
     "aten::glu": glu,
-    **dict.fromkeys(UNTAGGED, pointwise),
+    **dict.fromkeys(UNTAGGED | FUNCTIONS, pointwise),
     **dict.fromkeys(COPIES, copy),
     **dict.fromkeys(LIKE, like),
 }
