@@ -36,7 +36,7 @@ class _Watch(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
-        if n.name in self.dims and isinstance(out, Tensor):
+        if n.name in self.dims and isinstance(out, Tensor) and out.is_floating_point():
             rest = [d for d in range(out.dim()) if d != self.dims[n.name]]
             peak = out.detach().abs().amax(rest)
             seen = self.peaks.get(n.name)

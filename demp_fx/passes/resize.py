@@ -49,6 +49,10 @@ class Sizes:
         """The new size of each dim of a node's value that gets narrower."""
         return {d: int(mask.sum()) for d, mask in self.masks(node).items()}
 
+    def number(self, given: Any) -> Any:
+        """An argument, or the example value of the node that computes it (`x.shape[1] // 2`)."""
+        return self.env.get(given) if isinstance(given, fx.Node) else given
+
     def cut(self, node: fx.Node, source: fx.Node, dim: int) -> Tensor | None:
         """Which indices of a dim of `source` stay, to tell where `node` cuts it."""
         dim %= self.env[source].dim()
@@ -152,11 +156,12 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         if mask is not None and not whole:
             mask = sizes.cut(node, source, dim)
         if mask is not None and isinstance(entry, slice) and not whole:
-            start, stop, step = entry.indices(mask.numel())
+            ends = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))
+            start, stop, step = slice(*ends).indices(mask.numel())
             span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
             yield Literal(node=node.name, path=path, value=span, slice=True)
-        elif mask is not None and isinstance(entry, int):
-            yield Literal(node=node.name, path=path, value=_place(mask, entry))
+        elif mask is not None and isinstance(sizes.number(entry), int):
+            yield Literal(node=node.name, path=path, value=_place(mask, sizes.number(entry)))
         dim += 1
 
 
@@ -172,6 +177,7 @@ def _narrow(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         (place, start), (extent, length) = (
             _argument(node, 2, "start", 0), _argument(node, 3, "length", 0)
         )  # fmt: skip
+        start, length = sizes.number(start) % mask.numel(), sizes.number(length)
         yield Literal(node=node.name, path=place, value=_place(mask, start))
         kept = int(mask[start : start + length].sum())
         yield Literal(node=node.name, path=extent, value=kept)
@@ -183,7 +189,7 @@ def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     mask = sizes.cut(node, source, dim)
     if mask is not None:
         path, index = _argument(node, 2, "index", 0)
-        yield Literal(node=node.name, path=path, value=_place(mask, index))
+        yield Literal(node=node.name, path=path, value=_place(mask, sizes.number(index)))
 
 
 def _groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:

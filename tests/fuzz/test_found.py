@@ -1,0 +1,29 @@
+"""Networks that were once narrowed wrongly or refused, each in its smallest form."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz.check import check
+from tests.fuzz.network import Net
+
+FOUND = {
+    "a narrow() whose length the code computes": """
+        Net(blocks=(Split(how='narrow', work='gate', swap=True, first=3),
+                    Grouped(each=2, bias=True, norm='instance', act='silu', groups=2)),
+            stem=3, head='flat', kills=('last', 'columns'), fraction=0.3, aligned=True)""",
+    "two readers of a value, each narrowed by a gather and picking its part": """
+        Net(blocks=(Gate(how='simple'),), space=(7,), stem=7, head='tied',
+            kills=('zero', 'constant'), fraction=0.8, cuts='always', seed=826)""",
+    "a select() behind a gather": """
+        Net(blocks=(Split(work='relu', swap=True, how='select'),), space=(3, 4, 3), stem=2,
+            kills=('silent', 'last', 'zero'), fraction=0.3, cuts='always', observed=True,
+            seed=1682)""",
+    "masks are watched on calibration data": """
+        Net(blocks=(Pointwise(name='masked'),), observed=True)""",
+}
+
+
+@pytest.mark.parametrize("text", FOUND.values(), ids=FOUND.keys())
+def test_networks_that_once_failed(text: str) -> None:
+    check(Net.read(text))
