@@ -5,6 +5,7 @@ from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.compiler import CompileResult, compile
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.report.model import CompileReport
+from demp_fx.rules import rule
 from demp_fx.trace import trace
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "PruningPlan",
     "analyze",
     "compile",
+    "rule",
     "trace",
 ]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from demp_fx.channels.custom import FunctionOp, written
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.errors import DempError
+from demp_fx.tracing.functions import Apply
 
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 
@@ -67,20 +69,40 @@ class Stream(TorchDispatchMode):
             out = on_zeros(func, args, kwargs)
         except RuntimeError:  # a tensor that the model's code made of its own
             args, kwargs = as_meta((args, kwargs))
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except RuntimeError:
+                if func.namespace == "aten":
+                    raise
+                out = on_zeros(func, args, kwargs)  # an op of somebody's own, without a fake
         if self.quiet:
             return out
         site = Site(str(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
-        if torch.Tag.inplace in func.tags:
-            storage = args[0].untyped_storage()._cdata
+        for tensor in written(func, args, kwargs):
+            storage = tensor.untyped_storage()._cdata
             self.versions[storage] = self.versions.get(storage, 0) + 1
+        self._meet(call)
+        return out
+
+    def function(self, target: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an autograd function as one op, whatever its forward is made of (outside of the
+        mode, which would see that)."""
+        try:
+            out = target(*args, **kwargs)
+        except Exception:
+            out = on_zeros(target, args, kwargs)
+        op: Any = FunctionOp(target)
+        self._meet(Call(op, args, kwargs, out, Site(str(op), self.site.node, self.site.source)))
+        return out
+
+    def _meet(self, call: Call) -> None:
+        """Apply the rule of a call if anything is known of what goes into it."""
         for tensor in call.tensors:
             value = self.value(tensor)
             if value.labels or value.known is not None:
                 self._apply(call)
-                break
-        return out
+                return
 
     def _apply(self, call: Call) -> None:
         self.applied += 1

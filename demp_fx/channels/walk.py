@@ -29,6 +29,7 @@ from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
 from demp_fx.channels.value import Value
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
+from demp_fx.tracing.functions import Apply
 
 aten = torch.ops.aten
 IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}
@@ -166,6 +167,8 @@ class Walk(Stream):
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
         self.counted = takes_average(node, self.graph)
+        if isinstance(node.target, Apply):
+            return self.function(node.target, args, kwargs)
         try:
             with self:
                 if node.op == "call_module":

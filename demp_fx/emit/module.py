@@ -19,6 +19,7 @@ from torch.fx.graph import CodeGen
 from demp_fx.emit import tensors
 from demp_fx.emit.structure import Structure
 from demp_fx.errors import EmitError
+from demp_fx.tracing.functions import Apply
 
 _HEAD = '''"""{name} as demp_fx wrote it: plain PyTorch at the widths that are left.
 
@@ -126,6 +127,8 @@ def _import(name: str, thing: Any) -> str:
         return f"import {thing.__name__} as {name}"
     if getattr(builtins, name, None) is thing:
         return ""
+    if isinstance(thing, Apply):
+        return f"{_import(thing.__name__, thing.function)}\n{name} = {thing.__name__}.apply"
     home, path = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if home is None or path is None or not _installed(home):
         raise EmitError(

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from tests.fuzz.block import Block, Place
 
 
-class Double(torch.autograd.Function):
-    """A function with a backward of its own."""
+class Straight(torch.autograd.Function):
+    """A clamp that lets every gradient through."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x + 0.1
+        return x.clamp(-1, 1) + 0.1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
+        return grad
 
 
 @torch.library.custom_op("demp_fuzz::tilt", mutates_args=())
@@ -45,6 +45,38 @@ def _tilt_backward(ctx: Any, grad: Tensor) -> Tensor:
 tilt.register_autograd(_tilt_backward)
 
 
+@torch.library.custom_op("demp_fuzz::lift_", mutates_args=("x",))
+def lift_(x: Tensor) -> None:
+    """In place, through a view if need be, and without a fake."""
+    x.add_(0.2)
+
+
+def _lifted(x: Tensor) -> Tensor:
+    y = x.clone()
+    lift_(y.detach()[:, :1])
+    return y
+
+
+class Sorted(torch.autograd.Function):
+    """Two results, one of them of integers; other packages' functions leave torch like this one."""
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        values, places = x.sort(dim)
+        return values, places
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.dim = inputs[1]
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return torch.zeros_like(grad).scatter(ctx.dim, places, grad), None
+
+
 class Steered(nn.Module):
     """Python looks at the numbers: it cannot be traced."""
 
@@ -53,8 +85,10 @@ class Steered(nn.Module):
 
 
 OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
-    "autograd": Double.apply,
+    "autograd": Straight.apply,
+    "sorted": lambda x: Sorted.apply(x, 1)[0],
     "custom_op": tilt,
+    "written": _lifted,
     "module": Steered(),
     "checkpoint": lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False),
     "fourier": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=-1), n=x.shape[-1], dim=-1),

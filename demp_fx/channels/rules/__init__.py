@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from demp_fx.channels.custom import written
 from demp_fx.channels.rules import contract, convolution, couple, move, norm, pointwise
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
@@ -46,5 +47,7 @@ def opaque(walk: Stream, call: Call) -> None:
     for tensor in call.tensors:
         for label in walk.value(tensor).labels:
             walk.pin(call, label, f"{call.op._schema.name} is not known to keep channels apart")
+    for tensor in written(call.op, call.args, call.kwargs):
+        walk.value(tensor).known = None
     for out in call.outputs:
         walk.give(out, ())

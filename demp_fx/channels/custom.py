@@ -1,0 +1,53 @@
+"""Operations that are not torch's own: autograd functions, and what a schema says is written."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from demp_fx.tracing.functions import Apply
+
+
+def function_name(function: type[Function]) -> str:
+    """The name under which the table of rules knows an autograd function."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+class FunctionOp:
+    """An autograd function in the place of an ATen op: a name, and something to call."""
+
+    is_view = False
+    tags: tuple[torch.Tag, ...] = ()
+
+    def __init__(self, apply: Apply) -> None:
+        self.apply = apply
+        self._schema = SimpleNamespace(name=function_name(apply.function), arguments=[])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.apply(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return str(self._schema.name)
+
+
+def written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to. Running statistics of a norm are not counted:
+    nothing that is known of them is lost."""
+    places = _written(op) if isinstance(op, torch._ops.OpOverload) else ()
+    found = [args[k] if k < len(args) else kwargs.get(name) for k, name in places]
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+@functools.cache
+def _written(op: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    arguments = enumerate(op._schema.arguments)
+    return tuple(
+        (k, a.name)
+        for k, a in arguments
+        if a.alias_info is not None and a.alias_info.is_write and not a.name.startswith("running_")
+    )

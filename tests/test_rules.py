@@ -1,0 +1,236 @@
+"""Operations of the user's own: pinned without a rule, cut through with one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+from demp_fx.channels.rules import RULES
+from demp_fx.errors import UsageError
+
+GUIDE = Path(__file__).parent.parent / "docs" / "custom_ops.md"
+DEAD = [0, 1, 5]
+
+
+@torch.library.custom_op("demp_rules::swell", mutates_args=())
+def swell(x: Tensor) -> Tensor:
+    return x * x.abs()
+
+
+@swell.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("demp_rules::faceless", mutates_args=())
+def faceless(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+@torch.library.custom_op("demp_rules::project", mutates_args=())
+def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x @ weight.T + bias
+
+
+@project.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("demp_rules::backwards", mutates_args=())
+def backwards(x: Tensor) -> Tensor:
+    return x.flip(0)
+
+
+@backwards.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("demp_rules::raise_", mutates_args=("x",))
+def raise_(x: Tensor) -> None:
+    x += 1
+
+
+class Step(torch.autograd.Function):
+    """Rounds, and lets the gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+step = Step.apply
+
+
+class Middle(nn.Module):
+    """A layer whose outputs `DEAD` are zero, an operation, and a reader."""
+
+    def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.op, self.read = nn.Linear(4, 8), op, nn.Linear(8, 3)
+        with torch.no_grad():
+            self.make.weight[DEAD] = 0
+            self.make.bias[DEAD] = 0
+            self.read.weight[0, 2:5] = 0
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.op(self.make(x)))
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Rules of one test are none of the others."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+def compiled(op: Callable[[Tensor], Tensor]) -> tuple[demp_fx.CompileResult, int]:
+    """The result, checked to be exact, and how many channels the layer has left."""
+    model, x = Middle(op), torch.randn(5, 4, dtype=torch.float64)
+    result = demp_fx.compile(model, x[:2])
+    torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
+    return result, result.module.get_parameter("make.weight").shape[0]
+
+
+def raised(x: Tensor) -> Tensor:
+    y = x * 1
+    raise_(y)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        (swell, "demp_rules::swell"),
+        (faceless, "demp_rules::faceless"),
+        (backwards, "demp_rules::backwards"),
+        (raised, "demp_rules::raise_"),
+        (step, f"{__name__}.Step"),
+    ],
+)
+def test_without_a_rule_it_is_left_alone_and_named(
+    op: Callable[[Tensor], Tensor], name: str
+) -> None:
+    result, width = compiled(op)
+    assert width == 8
+    (pin,) = (p for p in result.report.pinned if name in p.reason)
+    assert "make.weight[0]" in pin.members
+    assert __file__ in str(pin.source)
+
+
+@pytest.mark.parametrize("op", [swell, step])
+def test_pointwise(op: Callable[[Tensor], Tensor]) -> None:
+    demp_fx.rule("demp_rules::swell", "pointwise")
+    demp_fx.rule(Step, "pointwise")
+    result, width = compiled(op)
+    assert width == 5
+    assert not [p for p in result.report.pinned if "swell" in p.op or "Step" in p.op]
+
+
+def test_a_contraction() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+            self.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
+            with torch.no_grad():
+                self.weight[:2], self.bias[:2] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return project(x, self.weight, self.bias)
+
+    _, width = compiled(Between())
+    assert width == 8
+    demp_fx.rule("demp_rules::project", "...i,oi,o->...o")
+    result, width = compiled(Between())
+    assert width == 5
+    assert result.module.get_parameter("op.weight").shape == (6, 5)
+
+
+def test_a_movement_leaves_channels_that_stay_where_they_are() -> None:
+    demp_fx.rule("demp_rules::backwards", "move")
+    assert compiled(backwards)[1] == 5
+
+
+def test_a_function_as_a_rule() -> None:
+    seen = []
+
+    @demp_fx.rule("demp_rules::backwards")
+    def rule(walk: Any, call: Any) -> None:
+        seen.append(call.op)
+        value = walk.value(call.tensors[0])
+        walk.give(call.outputs[0], value.labels, value.facts)
+
+    assert compiled(backwards)[1] == 5
+    assert seen
+
+
+def test_the_decorator_leaves_the_operation_as_it_is() -> None:
+    assert demp_fx.rule("demp_rules::swell", "pointwise")(swell) is swell
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("aten::roll", "pointwise"),
+        ("swell", "pointwise"),
+        ("demp_rules::swell", "pointwize"),
+        ("demp_rules::swell", "ij->ji"),
+        ("demp_rules::swell", "...i,oi,o->o..."),
+    ],
+)
+def test_what_cannot_be_a_rule_is_refused(name: str, family: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(name if "pointwise" in family else family)):
+        demp_fx.rule(name, family)
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+def test_an_autograd_function_keeps_its_backward(ruled: bool, tmp_path: Path) -> None:
+    if ruled:
+        demp_fx.rule(Step, "pointwise")
+    model = Middle(step)
+    narrow = demp_fx.compile(model, torch.randn(2, 4, dtype=torch.float64)).module
+    for module in (narrow, copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(model(x).sum(), x)
+        (found,) = torch.autograd.grad(module(x).sum(), x)
+        assert expected.abs().max() > 0.01  # that of round() is zero
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tracing_leaves_autograd_functions_as_they_are() -> None:
+    demp_fx.trace(Middle(step), torch.randn(2, 4, dtype=torch.float64))
+    x = torch.ones(2, requires_grad=True)
+    step(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(2))  # type: ignore[arg-type]
+    assert "apply" not in vars(torch.autograd.function._SingleLevelFunction)
+
+
+def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    space: dict[str, Any] = {"__name__": "guide"}
+    for example in examples:
+        exec(compile(example, str(GUIDE), "exec"), space)
+    stem, before, reason, after = capsys.readouterr().out.splitlines()
+    assert stem.startswith("Conv2d(3, 8,")
+    assert before.startswith("Conv2d(8, 32,")
+    assert reason == "guide.Step is not known to keep channels apart"
+    assert after.startswith("Conv2d(8, 24,")
