@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import demp_fx
 from demp_fx.channels.rules import RULES
+from demp_fx.emit.module import source
 from demp_fx.errors import UsageError
 
 GUIDE = Path(__file__).parent.parent / "docs" / "custom_ops.md"
@@ -214,6 +216,30 @@ def test_an_autograd_function_keeps_its_backward(ruled: bool, tmp_path: Path) ->
         (found,) = torch.autograd.grad(module(x).sum(), x)
         assert expected.abs().max() > 0.01  # that of round() is zero
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_functions_of_installed_packages_can_be_written_to_a_file() -> None:
+    pytest.importorskip("tests.zoo.shim")
+    layers = pytest.importorskip("timm.layers.activations_me")
+    result, width = compiled(layers.SwishMe())
+    assert width == 5
+    text = source(result.module)
+    assert "from timm.layers.activations_me import SwishAutoFn" in text
+    space: dict[str, Any] = {}
+    exec(text, space)
+    written = space["Middle"]().double()
+    written.load_state_dict(result.module.state_dict())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(written(x), result.module(x))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_are_looked_into(reentrant: bool) -> None:
+    def op(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=reentrant)
+
+    assert compiled(op)[1] == 5
 
 
 def test_tracing_leaves_autograd_functions_as_they_are() -> None:

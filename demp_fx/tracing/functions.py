@@ -43,11 +43,13 @@ def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
     """Meanwhile `Function.apply` of a proxy is a node that calls it.
 
     Left alone it would run the forward on proxies, and the graph's gradient would be that of the
-    forward. What is replaced is what every `apply` ends in, however early it was looked up.
+    forward. What is replaced is what every `apply` ends in, however early it was looked up. Torch's
+    own functions (checkpointing, hooks) run through: their gradient is that of their forward.
     """
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+        proxies = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+        if proxies and not cls.__module__.startswith("torch."):
             return tracer.create_proxy("call_function", Apply(cls), args, kwargs)
         return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
 

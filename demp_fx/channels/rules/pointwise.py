@@ -21,6 +21,9 @@ COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten:
 # Elementwise, though the dispatcher does not say so.
 UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
             "aten::log_sigmoid_forward", "aten::rrelu_with_noise"}  # fmt: skip
+# Autograd functions of other packages that are elementwise, by class.
+FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
+             for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
 # Results of the operand's shape that hold none of its numbers.
 LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
@@ -182,7 +185,7 @@ def like(walk: Stream, call: Call) -> None:
 
 RULES: dict[str, Rule] = {
     "aten::glu": glu,
-    **dict.fromkeys(UNTAGGED, pointwise),
+    **dict.fromkeys(UNTAGGED | FUNCTIONS, pointwise),
     **dict.fromkeys(COPIES, copy),
     **dict.fromkeys(LIKE, like),
 }
