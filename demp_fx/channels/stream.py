@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.channels.custom import FunctionOp, written
@@ -66,7 +67,7 @@ class Stream(TorchDispatchMode):
         try:
             out = func(*args, **kwargs) if shape is None or kwargs else shape(args)
         except NotImplementedError:
-            out = on_zeros(func, args, kwargs)
+            out = on_zeros(func, *self._with_masks(args, kwargs))
         except RuntimeError:  # a tensor that the model's code made of its own
             args, kwargs = as_meta((args, kwargs))
             try:
@@ -84,6 +85,15 @@ class Stream(TorchDispatchMode):
             self.versions[storage] = self.versions.get(storage, 0) + 1
         self._meet(call)
         return out
+
+    def _with_masks(self, args: Any, kwargs: Any) -> Any:
+        """Arguments with the true values of masks and indices that are known: they tell sizes."""
+
+        def real(t: Tensor) -> Tensor:
+            data = None if t.is_floating_point() else self.value(t).data
+            return t if data is None or data.is_meta else data
+
+        return pytree.tree_map_only(Tensor, real, (args, kwargs))
 
     def function(self, target: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an autograd function as one op, whatever its forward is made of (outside of the

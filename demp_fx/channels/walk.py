@@ -23,7 +23,7 @@ from demp_fx.channels.chains import Chains, is_flat, tensors_of
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
-from demp_fx.channels.meta import on_meta, on_zeros, placeholder, without_collection
+from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
 from demp_fx.channels.value import Value
@@ -107,7 +107,7 @@ class Walk(Stream):
         again = set(self._lost(start, before, out)) if self.with_facts else set()
         if self.splits or self.unfit:
             again |= {n for n, value in before.items() if value.labels and n.op != "get_attr"}
-        if again and (self.versions == versions or all(len(n.users) == 1 for n in again)):
+        if again and (self.versions == versions or all(map(self._is_last_use, again))):
             self.system.forget(start)
             self.versions = versions
             for n, value in before.items():
@@ -118,6 +118,8 @@ class Walk(Stream):
         if self.opens:
             self.exits.add(node)
         self._shapes(node)
+        if self.versions != versions:
+            self._close(node, start, versions)
         if node.name in self.observed and isinstance(out, Tensor) and out.dim() > 1:
             dim, seen = self.observed[node.name]
             value = self.value(out)
@@ -169,6 +171,7 @@ class Walk(Stream):
         self.counted = takes_average(node, self.graph)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
+        start = self.system.mark()
         try:
             with self:
                 if node.op == "call_module":
@@ -179,6 +182,9 @@ class Walk(Stream):
         except DempError:
             raise
         except Exception as error:
+            if any(isinstance(t, Tensor) and not t.is_meta for t in pytree.tree_leaves(args)):
+                self.system.forget(start)  # the code made a tensor of its own: on meta, too
+                return self._call(node, {n: as_meta(v) for n, v in entered.items()})
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
             raise RefusalError(
@@ -294,6 +300,29 @@ class Walk(Stream):
             if had is not None and bool((had if has is None else had & ~has).any()):
                 found.append(n)
         return found
+
+    def _is_last_use(self, n: fx.Node) -> bool:
+        """Whether nobody but the running node will read what `n` holds, under any name: then what
+        that node writes may go elsewhere."""
+        storage = self.env[n].untyped_storage()._cdata
+        return len(n.users) == 1 and not any(
+            isinstance(value, Tensor)
+            and value.untyped_storage()._cdata == storage
+            and any(user not in self.env for user in other.users)
+            for other, value in self.env.items()
+            if other is not n
+        )
+
+    def _close(self, node: fx.Node, start: Mark, before: Mapping[int, int]) -> None:
+        """No cut before a write that others will see: it would go to a copy."""
+        written = {k for k, v in self.versions.items() if before.get(k) != v}
+        names = {n.name: n for n in node.all_input_nodes}
+        for edge in self.system.since(start):
+            if isinstance(edge, Edge):
+                n = names[edge.producer]
+                shared = self.env[n].untyped_storage()._cdata in written
+                if shared and not self._is_last_use(n):
+                    self.system.same(edge.source, edge.target, self.site)
 
     def _is_sum(self, node: fx.Node) -> bool:
         """A residual sum: two activations of one shape, nothing else, no one to see it in place."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from demp_fx.channels.analysis import walk
 from demp_fx.channels.cuts import Cuts, decide
 from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import varying
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Site
 from demp_fx.channels.walk import RefusalError, Walk
@@ -52,7 +53,7 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
             plan = plan_of(walked, solution)
             module = narrow(graph, plan)
             after = walk(module, with_facts=False)
-            misfit = _misfit(walked, plan, after)
+            misfit = _misfit(walked, plan, after) or _misfitting_piece(walked, solution, after)
         except MisfitError as refusal:
             misfit = refusal.node
         except RefusalError as refusal:
@@ -74,6 +75,26 @@ def _misfit(walked: Walk, plan: PruningPlan, after: Walk) -> fx.Node | None:
             new = plan.nodes.get(node.name, {})
             if shapes[node.name] != [new.get(d, n) for d, n in enumerate(value.shape)]:
                 return node
+    return None
+
+
+def _misfitting_piece(walked: Walk, solution: Solution, after: Walk) -> fx.Node | None:
+    """The first node whose narrow twin gives pieces of other sizes than planned (they need not be
+    taken out one by one: `cat(x.tensor_split(3)[::-1])`)."""
+    found = {n.name: v for n, v in after.env.items()}
+    for node, value in walked.env.items():
+        new = found.get(node.name)
+        if not isinstance(value, (list, tuple)) or not isinstance(new, (list, tuple)):
+            continue
+        for old, piece in zip(value, new, strict=False):
+            if not isinstance(old, Tensor) or not isinstance(piece, Tensor):
+                continue
+            for label in walked.value(old).labels:
+                dims = varying(label)
+                if len(dims) == 1 and piece.dim() == old.dim():
+                    kept = int(solution.kept(label.reshape(-1)).sum())
+                    if piece.size(dims[0]) != kept:
+                        return node
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import defaultdict
 from typing import Any
@@ -57,7 +56,9 @@ class _Weights:
             self.names.setdefault(id(tensor), name)
         self.keep, self.grouped = plan.keep, plan.grouped
         self.folds: dict[str, list[Folding]] = defaultdict(list)
-        self.weights = dict(graph.named_parameters()) if plan.folds else {}
+        self.weights: dict[str, Tensor] = {}
+        if plan.folds:
+            self.weights = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
         for fold in plan.folds:
             self.folds[fold.bias or fold.weight].append(fold)
         self.tensors: dict[int, Tensor] = {}
@@ -120,10 +121,9 @@ class _Weights:
 
 def shallow(module: nn.Module) -> nn.Module:
     """A layer of the same class and settings, with empty tables to fill."""
-    new = copy.copy(module)
+    new = module.__class__.__new__(module.__class__)  # copy.copy is refused by parametrized ones
     for key, value in module.__dict__.items():
-        if isinstance(value, (dict, set)):
-            new.__dict__[key] = value.copy()
+        new.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
     return new
 
 

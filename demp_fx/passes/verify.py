@@ -216,7 +216,9 @@ def _swapped(part: nn.Module) -> Iterator[None]:
     try:
         for table in tables:
             for key, tensor in table.items():
-                table[key] = None if tensor is None else double(tensor)
+                # a constant of the code is one of the original as well, and is not converted there
+                if tensor is not None and not key.startswith("_tensor_constant"):
+                    table[key] = double(tensor)
         yield
     finally:
         for table, saved in zip(tables, before, strict=True):

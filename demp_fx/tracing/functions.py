@@ -1,4 +1,8 @@
-"""Autograd functions while a model is traced: one node each, so that their own backward stays."""
+"""What of torch is replaced while a model is traced.
+
+Autograd functions become one node each, so that their own backward stays; and a subclass of a batch
+norm that calls its base's forward gets one that does not branch on `training`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from typing import Any
 from torch import fx
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
+
+from demp_fx.expressions import batch_norm
 
 
 class Apply:
@@ -59,3 +66,20 @@ def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
         yield
     finally:
         del base.apply
+
+
+@contextmanager
+def batch_norms_in_parts() -> Iterator[None]:
+    """Meanwhile `super().forward(x)` in a subclass of a batch norm follows train() and eval()."""
+    whole = _BatchNorm.forward
+
+    def forward(self: Any, input: Any) -> Any:
+        traced = isinstance(input, fx.Proxy)
+        return batch_norm(self, input) if traced else whole(self, input)
+
+    kinds: Any = _BatchNorm
+    kinds.forward = forward
+    try:
+        yield
+    finally:
+        kinds.forward = whole

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import expression_of
-from demp_fx.tracing.functions import as_nodes
+from demp_fx.tracing.functions import as_nodes, batch_norms_in_parts
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
@@ -74,7 +74,7 @@ class Tracer(fx.Tracer):
         self.names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
         self.modes = {m: m.training for m in root.modules()}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
-        with preserved(root), as_nodes(self):
+        with preserved(root), as_nodes(self), batch_norms_in_parts():
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = None

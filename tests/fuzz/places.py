@@ -61,8 +61,7 @@ class Pool(Block):
         self.out = at.but(space=tuple(self(at.sample()).shape[2:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        n = x.dim() - 2
-        k = 2 if min(x.shape[2:]) > 1 else 1
+        n, k = len(self.at.space), 2 if min(self.at.space) > 1 else 1
         max_pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[n - 1]
         avg_pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[n - 1]
         match self.how:

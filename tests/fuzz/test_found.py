@@ -21,6 +21,11 @@ FOUND = {
             seed=1682)""",
     "masks are watched on calibration data": """
         Net(blocks=(Pointwise(name='masked'),), observed=True)""",
+    "a subclass of a batch norm that calls its base's forward": """
+        Net(blocks=(Norm(kind='batch'),), space=(), stem=2)""",
+    "constants that meet a buffer in a product": """
+        Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
+            kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",
 }
 
 

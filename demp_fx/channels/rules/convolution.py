@@ -57,6 +57,8 @@ def depthwise(walk: Stream, call: Call) -> None:
     filters = Operand(weight, "o").single(walk, "o")
     source = Operand(x, "bi").single(walk, "i")
     if filters is None:
+        for label in walk.value(x).labels:
+            walk.pin(call, label, "is convolved with weights that are no parameter")
         walk.give(out, ())
         return
     if source is None:

@@ -31,6 +31,9 @@ SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select"
 
 def move(walk: Stream, call: Call) -> None:
     """The labels of the result are the op applied to the labels of the operand."""
+    if call.op._schema.overload_name == "dtype":  # `view(torch.int64)` is no view of places
+        _refuse(walk, call)
+        return
     tensor: Tensor = call.args[0]
     value = walk.value(tensor)
     name = call.op._schema.name
@@ -325,7 +328,7 @@ RULES: dict[str, Rule] = {
 
 def _refuse(walk: Stream, call: Call) -> None:
     for label in walk.value(call.tensors[0]).labels:
-        walk.pin(call, label, "as_strided looks through the memory")
+        walk.pin(call, label, f"{call.op._schema.name} looks through the memory")
     walk.give(call.outputs[0], ())
 
 

@@ -85,7 +85,11 @@ def _numbers(walk: Stream, tensor: Tensor) -> Tensor | None:
     if value.data is not None:
         return None if value.data.is_meta else value.data.to("cpu", torch.float64)
     facts = value.facts
-    return None if facts is None or not bool(facts.known.all()) else facts.values[0].reshape(-1)
+    return (
+        None
+        if facts is None or not bool(facts.known.all())
+        else facts.values[0].expand(tensor.shape)
+    )
 
 
 def layer_norm(walk: Stream, call: Call) -> None:

@@ -172,10 +172,16 @@ def glu(walk: Stream, call: Call) -> None:
 
 
 def copy(walk: Stream, call: Call) -> None:
-    """The result is the operand."""
-    value = walk.value(call.tensors[0])
+    """The result is the operand, rounded where its dtype is another one."""
+    value, out = walk.value(call.tensors[0]), call.outputs[0]
+    facts, data = value.facts if walk.with_facts else None, value.data
+    if out.dtype != call.tensors[0].dtype:
+        data = None
+        if facts is not None:
+            rounded = facts.values.to(out.dtype).real.to(torch.float64)
+            facts = Facts.of(facts.known, rounded) if not bool(facts.profile.any()) else None
     walk.moves += 1
-    walk.give(call.outputs[0], value.labels, value.facts, value.data)
+    walk.give(out, value.labels, facts, data)
 
 
 def like(walk: Stream, call: Call) -> None:

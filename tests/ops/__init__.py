@@ -1,0 +1,1 @@
+"""Tables of operations on the channel path, each of (batch, 8, 6, 6)."""
