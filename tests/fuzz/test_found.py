@@ -23,6 +23,9 @@ FOUND = {
         Net(blocks=(Pointwise(name='masked'),), observed=True)""",
     "a subclass of a batch norm that calls its base's forward": """
         Net(blocks=(Norm(kind='batch'),), space=(), stem=2)""",
+    "two axes merged into one, joined with other channels": """
+        Net(blocks=(Dense(inner=(Mlp(), Einsum(width=6, how='outer'))),), space=(), stem=3,
+            kills=('rows', 'columns'), cuts='always', seed=1)""",
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",

@@ -145,6 +145,11 @@ def cat(walk: Stream, call: Call) -> None:
     tensors = [t for t in tensors if t.dim() == out.dim()]
     dim = (call.arg("dim") or 0) % out.dim()
     keys = {varying(label) for t in tensors for label in walk.value(t).labels}
+    for t in tensors:  # a dim that two axes were merged into has two labels, a join has one
+        found = [varying(label) for label in walk.value(t).labels]
+        for label in walk.value(t).labels:
+            if found.count(varying(label)) > 1:
+                walk.pin(call, label, "is joined with channels of another axis merged in")
     labels = []
     for key in sorted(keys):
         pieces = [_piece(walk, t, key) for t in tensors]
