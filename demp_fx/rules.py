@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from demp_fx.channels.custom import function_name
 from demp_fx.channels.rules import RULES, contract, move, pointwise
+from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 from demp_fx.errors import UsageError
@@ -83,8 +84,8 @@ def _contraction(equation: str) -> Rule:
             return side.replace("...", spread[free - count :] if count else "")
 
         contract.meet(
-            walk, call, contract.Operand(a, letters(left, a.dim())),
-            contract.Operand(b, letters(right, b.dim())),
+            walk, call, Operand(a, letters(left, a.dim())),
+            Operand(b, letters(right, b.dim())),
             letters(result, call.outputs[0].dim()),
             call.tensors[2] if bias is not None and len(call.tensors) > 2 else None,
         )  # fmt: skip
