@@ -182,7 +182,8 @@ class Walk(Stream):
         except DempError:
             raise
         except Exception as error:
-            if any(isinstance(t, Tensor) and not t.is_meta for t in pytree.tree_leaves(args)):
+            given = pytree.tree_leaves(list(entered.values()))
+            if any(isinstance(t, Tensor) and not t.is_meta for t in given):
                 self.system.forget(start)  # the code made a tensor of its own: on meta, too
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
             where = f" ({self.site.source})" if self.site.source else ""

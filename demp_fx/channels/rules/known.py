@@ -40,7 +40,7 @@ def constants(
     kept = next((x for x in b.letters if x in result and x not in a.letters), None)
     weight = walk.value(b.tensor).data
     if weight is None and summed is not None and bias is None:
-        return _annihilated(walk, (a, b), summed, result)
+        return _annihilated(walk, (a, b), result)
     if summed is None or kept is None or weight is None or weight.is_meta:
         return None
     if any(x in a.letters and x in result for x in b.letters):
@@ -54,20 +54,21 @@ def constants(
     return None if facts is None else facts.spread(len(result), result.find(kept))
 
 
-def _annihilated(
-    walk: Stream, operands: tuple[Operand, Operand], summed: str, result: str
-) -> Facts | None:
+def _annihilated(walk: Stream, operands: tuple[Operand, Operand], result: str) -> Facts | None:
     """Zeros of a product of two activations: where one of them is zero all along the summed dim."""
     found: Tensor | None = None
     for operand in operands:
         facts = walk.value(operand.tensor).facts
         if facts is None:
             continue
-        zero = facts.aligned(len(operand.letters)).zero.all(operand.dim(summed), keepdim=True)
+        zero = facts.aligned(len(operand.letters)).zero
+        rest = [d for d, x in enumerate(operand.letters) if x not in result]
+        for d in rest:  # the summed dim, and those of a kernel
+            zero = zero.all(d, keepdim=True)
         if bool(zero.any()):
             order = [operand.dim(x) for x in result if x in operand.letters]
-            shape = iter(zero.permute(*order, operand.dim(summed)).shape)
-            zero = zero.permute(*order, operand.dim(summed)).reshape(
+            shape = iter(zero.permute(*order, *rest).shape)
+            zero = zero.permute(*order, *rest).reshape(
                 [next(shape) if x in operand.letters else 1 for x in result]
             )
             found = zero if found is None else found | zero
