@@ -55,6 +55,7 @@ class Stream(TorchDispatchMode):
         self.moves = 0  # how many of them only moved data,
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,
         self.shaped: list[Tensor] = []  # labels that have become blocks,
+        self.sliced: set[str] = set()  # nodes that take a part of an axis,
         self.splits = False  # whether an axis was split into blocks,
         self.counted = False  # whether zeros may leave an average that it takes over channels,
         self.opens = False  # and whether its channels go in with blocks, or come out of them

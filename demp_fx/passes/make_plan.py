@@ -18,7 +18,7 @@ from demp_fx.errors import DempError
 from demp_fx.passes.narrow import narrow
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
-from demp_fx.passes.resize import MisfitError
+from demp_fx.passes.resize import ROWS, MisfitError
 
 
 @dataclass
@@ -47,6 +47,10 @@ def make_plan(
 def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
     """Solve and plan; where a node's code does not take its new sizes, pin it and start over."""
     pinned: set[fx.Node] = set()
+    for node in walked.env:
+        if node.name in walked.sliced and node.target not in ROWS:
+            pinned.add(node)
+            _pin(walked, node)
     while True:
         solution = decide(walked.system, cuts)
         try:
@@ -60,10 +64,7 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
             misfit = _original(graph, refusal.node)
         if misfit is None:
             return Planned(plan, module, solution, walked, after)
-        if misfit in pinned:
-            raise DempError(f"the plan does not fit node {misfit.name!r}, whatever is kept there")
-        pinned.add(misfit)
-        _pin(walked, misfit)
+        _pin_first(walked, misfit, pinned)
 
 
 def _misfit(walked: Walk, plan: PruningPlan, after: Walk) -> fx.Node | None:
@@ -106,8 +107,20 @@ def _original(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     return names[node.name]
 
 
-def _pin(walked: Walk, node: fx.Node) -> None:
-    """Keep every channel that goes into or comes out of a node."""
+def _pin_first(walked: Walk, misfit: fx.Node, pinned: set[fx.Node]) -> None:
+    """Pin a node that does not fit; if that has been tried, the nearest one that feeds it."""
+    nodes = [misfit]
+    for node in nodes:
+        if node not in pinned:
+            pinned.add(node)
+            if _pin(walked, node):
+                return
+        nodes += [n for n in node.all_input_nodes if n not in nodes]
+    raise DempError(f"the plan does not fit node {misfit.name!r}, whatever is kept there")
+
+
+def _pin(walked: Walk, node: fx.Node) -> bool:
+    """Keep every channel that goes into or comes out of a node; whether there are any."""
     site = Site(str(node.target), node.name, node.meta.get("source"))
     pinned = len(walked.system.pins)
     nodes = [node]
@@ -117,5 +130,7 @@ def _pin(walked: Walk, node: fx.Node) -> None:
             nodes += [i for i in n.all_input_nodes if i not in nodes]
         for label in walked.value(value).labels if isinstance(value, Tensor) else ():
             walked.system.pin(label, "its code does not take another size", site)
-    if len(walked.system.pins) == pinned:
-        raise DempError(f"node {node.name!r} ({site.source}) cannot be narrowed, nor kept as it is")
+    for edge in walked.system.edges:
+        if edge.consumer == node.name:
+            walked.system.pin(edge.target, "its code does not take another size", site)
+    return len(walked.system.pins) > pinned

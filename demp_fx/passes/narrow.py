@@ -248,7 +248,7 @@ def _pick(
     graph: fx.Graph, source: fx.Node, dim: int, index: list[int], name: str, constants: _Constants
 ) -> fx.Node:
     """Channels of a value, as a view where they are a run (at the insertion point)."""
-    first, size = index[0], len(index)
+    first, size = index[0] if index else 0, len(index)
     if index == list(range(first, first + size)):
         return graph.call_function(torch.narrow, (source, dim, first, size))
     numbers = constants.add(graph, name, index, [-1])

@@ -26,6 +26,20 @@ FOUND = {
     "two axes merged into one, joined with other channels": """
         Net(blocks=(Dense(inner=(Mlp(), Einsum(width=6, how='outer'))),), space=(), stem=3,
             kills=('rows', 'columns'), cuts='always', seed=1)""",
+    "a movement that takes nothing but constants": """
+        Net(blocks=(Split(work='double', how='view'), Split(work='double', how='view')), stem=6,
+            kills=('bias', 'zero'), fraction=0.8, cuts='always', seed=2)""",
+    "expand_as behind a cut": """
+        Net(blocks=(Position(how='cat'), Position(how='cat'), Split(work='double', how='view')),
+            stem=6, head='tied', kills=('bias', 'silent', 'zero'), fraction=0.8, cuts='always',
+            seed=14069)""",
+    "a node that cannot be kept alone": """
+        Net(blocks=(Transposed(width=2, groups=2, act='none'), Reorder(how='pooled'),
+                    SqueezeExcite()), space=(6, 6), stem=5, kills=('silent',), fraction=1.0,
+            aligned=True, cuts='always', observed=True, seed=110)""",
+    "products with computed weights": """
+        Net(blocks=(Standardised(gain=False, bias=False, width=5), Conv()), stem=2,
+            kills=('silent', 'zero', 'rows'), fraction=0.8, aligned=True, observed=True, seed=62)""",
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",

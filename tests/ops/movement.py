@@ -24,6 +24,18 @@ def _written(x: Tensor, write: Callable[[Tensor], object]) -> Tensor:
 
 
 MOVEMENT: dict[str, Op] = {
+    "aten_slice": lambda x: torch.ops.aten.slice.Tensor(x, 1, 2, 5),
+    "aten_select": lambda x: torch.ops.aten.select.int(x, 1, 4).unsqueeze(1),
+    "hsplit": lambda x: torch.cat(torch.hsplit(x, 2)[::-1], 1),
+    "hsplit_at": lambda x: torch.hsplit(x, [3, 7])[1],
+    "tensor_split_at": lambda x: torch.cat(torch.tensor_split(x, (2, 5), 1)[1:], 1),
+    "unsafe_split": lambda x: torch.unsafe_split(x, 3, 1)[1],
+    "unsafe_chunk": lambda x: torch.cat(torch.unsafe_chunk(x, 3, 1)[::-1], 1),
+    "split_with_sizes": lambda x: x.split_with_sizes([1, 3, 4], 1)[1],
+    "narrow_copy": lambda x: torch.narrow_copy(x, 1, 2, 4),
+    "unbound_some": lambda x: torch.stack(x.unbind(1)[2:5], 1),
+    "half_by_size": lambda x: x[:, x.shape[1] // 2 :],
+    "last_by_size": lambda x: x[:, x.size(1) - 3 : x.size(1) - 1],
     "written_slice": lambda x: _written(x, lambda y: y[:, 2:4].copy_(2 * x[:, 2:4])),
     "bool_mask": lambda x: x * (torch.arange(8) % 2 == 0).view(1, 8, 1, 1),
     "where_channel_mask": lambda x: torch.where((torch.arange(8) < 3).view(8, 1, 1), x, -x + 1),

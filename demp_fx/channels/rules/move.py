@@ -81,6 +81,7 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
         if _equal(old, new):
             return True
         if name in SLICES:
+            walk.sliced.add(call.site.node)
             return _run(old, new)
         short, long = sorted((old, new), key=Tensor.numel)
         return name in REPEATS and long.numel() % short.numel() == 0 and _repeats(short, long)
