@@ -39,7 +39,8 @@ FOUND = {
             aligned=True, cuts='always', observed=True, seed=110)""",
     "products with computed weights": """
         Net(blocks=(Standardised(gain=False, bias=False, width=5), Conv()), stem=2,
-            kills=('silent', 'zero', 'rows'), fraction=0.8, aligned=True, observed=True, seed=62)""",
+            kills=('silent', 'zero', 'rows'), fraction=0.8, aligned=True, observed=True,
+            seed=62)""",
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",
