@@ -11,7 +11,7 @@ from tests.fuzz.check import check
 from tests.fuzz.network import Net
 from tests.fuzz.strategies import nets
 
-CASES = 250
+CASES = 200
 LONG = int(os.environ.get("FUZZ_CASES", "5000"))
 HEALTH = list(HealthCheck)
 
