@@ -158,7 +158,9 @@ class _Planner:
             label = next(x for x in self.walk.value(self.walk.env[node]).labels
                          if varying(x) == (end.dim,))  # fmt: skip
             kept = self.solution.kept(label.reshape(-1))
-            own = _mask(self.masks(end.source), self.walk.env[end.source], end.dim)
+            # by its labels, though it may be replaced by a selection itself
+            before = self.walk.env[end.source]
+            own = _mask(self._masks(end.source, before)[0], before, end.dim)
             layout = layouts.get((end.source.name, end.dim), own)
             index = end.index[kept]
             there = layout[index]

@@ -41,6 +41,10 @@ FOUND = {
         Net(blocks=(Standardised(gain=False, bias=False, width=5), Conv()), stem=2,
             kills=('silent', 'zero', 'rows'), fraction=0.8, aligned=True, observed=True,
             seed=62)""",
+    "a movement behind a movement that was replaced": """
+        Net(blocks=(Shuffle(how='blocks'),
+                    Branches(left=(Shuffle(how='blocks'),), how='add', width=5)), space=(3, 4, 3),
+            head='tuple', kills=('rows',), aligned=True, cuts='never', observed=True, seed=1)""",
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",
