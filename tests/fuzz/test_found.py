@@ -54,6 +54,12 @@ FOUND = {
                     left=(Residual(how='max', inner=(Shuffle(groups=3),)),)),
                     Shuffle(how='stack')), stem=3, head='dict', kills=('columns',), fraction=1.0,
             seed=124)""",
+    "constants put back in front of a norm that counts the zeros": """
+        Net(blocks=(Norm(kind='group_one'), Tokens(inner=(
+                Branches(left=(Gate(how='geglu'),), right=(LayerScale(), Buffer(how='mask')),
+                         width=6), Mlp(norm='group', hidden=7, act='silu')))), space=(3, 4, 3),
+            stem=8, head='dict', kills=('rows', 'bias', 'columns'), fraction=0.3, cuts='always',
+            seed=303)""",
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",
