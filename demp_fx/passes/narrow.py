@@ -164,8 +164,6 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
         _set(named[literal.node], literal)
     for selection in plan.selections:
         _select(new, selection, named, constants)
-    for count in plan.counts:
-        named[count.node] = recount(new, named[count.node], count, constants.module)
     for gather in plan.gathers:
         _gather(new, gather, named, constants, shared)
     for spread in plan.spreads:
@@ -176,6 +174,8 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
         consumer.replace_input_with(chain[0], put)
     for total in plan.sums:
         _sum(new, total, named, constants)
+    for count in plan.counts:
+        named[count.node] = recount(new, named[count.node], count, constants.module)
     for selection in plan.selections:
         for name in reversed(selection.path):
             if name in named and not named[name].users:

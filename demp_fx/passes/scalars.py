@@ -54,11 +54,28 @@ def _asks(node: fx.Node, sizes: Sizes) -> bool:
 
 
 def _picks(source: fx.Node, index: Any, sizes: Sizes) -> bool:
-    """Whether `shape[index]` is a size that changes."""
-    tensor: Any = source.args[0]
-    if not isinstance(index, int) or not isinstance(sizes.env.get(tensor), Tensor):
+    """Whether `shape[index]`, or `shape[2:][index]`, is or holds a size that changes."""
+    asked = _dims(source, sizes)
+    if asked is None or not isinstance(index, (int, slice)):
         return True
-    return index % sizes.env[tensor].dim() in sizes.masks(tensor)
+    tensor, dims = asked
+    picked = dims[index]
+    masks = sizes.masks(tensor)
+    return any(d in masks for d in ([picked] if isinstance(picked, int) else picked))
+
+
+def _dims(node: fx.Node, sizes: Sizes) -> tuple[fx.Node, list[int]] | None:
+    """Of which tensor, and of which of its dims, a list of sizes is; None where that is unknown."""
+    if node.target in ASKS and isinstance(node.args[0], fx.Node):
+        value = sizes.env.get(node.args[0])
+        return (node.args[0], list(range(value.dim()))) if isinstance(value, Tensor) else None
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        asked, index = _dims(node.args[0], sizes), node.args[1]
+        if asked is not None and isinstance(index, slice):
+            ends = (index.start, index.stop, index.step)
+            if not any(isinstance(end, fx.Node) for end in ends):
+                return asked[0], asked[1][index]
+    return None
 
 
 def _literals(node: fx.Node, tainted: list[fx.Node], sizes: Sizes) -> list[Literal]:

@@ -45,6 +45,21 @@ FOUND = {
         Net(blocks=(Shuffle(how='blocks'),
                     Branches(left=(Shuffle(how='blocks'),), how='add', width=5)), space=(3, 4, 3),
             head='tuple', kills=('rows',), aligned=True, cuts='never', observed=True, seed=1)""",
+    "a resolution taken from a part of a shape": """
+        Net(blocks=(Tokens(inner=(Attention(heads=1, size=1, groups=2, bias=False, kind='cross',
+                    product='scaled_before', extra='qk_l2'),)),), space=(3, 4, 3), stem=2,
+            kills=('columns', 'zero'), cuts='never', observed=True, seed=1601)""",
+    "a resolution behind a shuffle": """
+        Net(blocks=(Branches(right=(Standardised(width=2, gain=False),), width=4,
+                    left=(Residual(how='max', inner=(Shuffle(groups=3),)),)),
+                    Shuffle(how='stack')), stem=3, head='dict', kills=('columns',), fraction=1.0,
+            seed=124)""",
+    "constants put back in front of a norm that counts the zeros": """
+        Net(blocks=(Norm(kind='group_one'), Tokens(inner=(
+                Branches(left=(Gate(how='geglu'),), right=(LayerScale(), Buffer(how='mask')),
+                         width=6), Mlp(norm='group', hidden=7, act='silu')))), space=(3, 4, 3),
+            stem=8, head='dict', kills=('rows', 'bias', 'columns'), fraction=0.3, cuts='always',
+            seed=303)""",
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",
