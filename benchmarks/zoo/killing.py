@@ -72,7 +72,7 @@ def kill(
         if _is_norm(module):
             dead = _some(module.weight.numel(), fraction, rng)
             module.weight.view(-1)[dead] = 0.0
-            _silence(module.bias, dead, constant)
+            _silence(getattr(module, "bias", None), dead, constant)
             deaths[name] = dead
         elif isinstance(module, nn.MultiheadAttention):
             attention = _Heads.draw(module.num_heads, module.embed_dim, fraction, rng)
@@ -113,9 +113,7 @@ def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)):
         return weight is not None
     named = NORM.search(type(module).__name__) is not None
-    return (
-        named and isinstance(weight, nn.Parameter) and weight.dim() == 1 and hasattr(module, "bias")
-    )
+    return named and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 def _redraw(module: nn.Module, rng: torch.Generator) -> None:
