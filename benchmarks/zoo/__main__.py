@@ -51,7 +51,10 @@ def main() -> None:
         return
     _warm_up()
     results = _Results(options)
-    for (key, part), found in run(_tasks(chosen, options), options.jobs):
+    tasks = _tasks(chosen, options)
+    if options.resume:
+        tasks = [t for t in tasks if not results.has(*t.key)]
+    for (key, part), found in run(tasks, options.jobs):
         results.add(key, part, found)
         print(f"{' '.join(key)} {part}: {_brief(found)}", file=sys.stderr, flush=True)
     print("\n".join(summary(list(results.rows.values()))))
@@ -69,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one network")
     parser.add_argument("--peer-limit", type=float, default=120.0, help="seconds for Torch-Pruning")
     parser.add_argument("--without-peer", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="only networks without a row yet")
     parser.add_argument("--fresh", action="store_true", help="forget rows of earlier runs")
     parser.add_argument("--list", action="store_true", help="only name the networks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
@@ -113,6 +117,10 @@ class _Results:
         if self.json.exists() and not options.fresh:
             earlier = json.loads(self.json.read_text())["rows"]
             self.rows = {(r["suite"], r["network"], r["deaths"]): r for r in earlier}
+
+    def has(self, key: tuple[str, str, str], part: str) -> bool:
+        """Whether this was measured before."""
+        return bool(self.rows.get(key, {}).get(part))
 
     def add(self, key: tuple[str, str, str], part: str, found: dict[str, Any]) -> None:
         suite, network, deaths = key

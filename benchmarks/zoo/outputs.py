@@ -53,13 +53,28 @@ def trains(model: nn.Module, inputs: Inputs) -> str:
     return f"gradients that are not finite: {broken[:3]}" if broken else ""
 
 
+RATES = ("p", "drop_prob", "drop_rate", "dropout", "attn_drop_p", "dropout_p")
+
+
 def without_chance(model: nn.Module) -> nn.Module:
     """Dropout and stochastic depth off, so that train mode can be compared number by number."""
     for module in model.modules():
-        for rate in ("p", "drop_prob", "dropout", "attn_drop_p", "dropout_p"):
+        for rate in RATES:
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
     return model
+
+
+def own_error(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> float:
+    """How far the model's train-mode output moves when its input moves by its last digits. It is
+    large where batch statistics of few numbers make it chaotic, or where it throws dice."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value * (1 + 1e-15 * torch.randn_like(value))
+
+    return relative_error(numbers(model, pytree.tree_map(moved, inputs), True), expected)
 
 
 def parameters(model: nn.Module) -> int:
