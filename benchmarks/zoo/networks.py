@@ -42,7 +42,7 @@ def images(size: int, batch: int, scale: int) -> Inputs:
 
 # -- torchvision --------------------------------------------------------------------------------
 
-_SIDE = {"inception_v3": 80, "maxvit_t": 224}  # 64 for all others
+_SIDE = {"inception_v3": 128, "maxvit_t": 224}  # 64 for all others
 _FIXED = ("vit_", "maxvit_")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},  # its default takes most of a minute
@@ -119,8 +119,14 @@ resnet10t resnetv2_18 resnetv2_50d_gn resnetv2_50d_evos resnetaa34d resnetblur18
 nasnetalarge samvit_base_patch16_224 naflexvit_base_patch16_gap
 """.split()  # noqa: SIM905 (readable)
 
-_TIMM_SIDE = {"crossvit_9_240": 240, "efficientformer_l1": 224, "inception_v4": 96,
-              "inception_resnet_v2": 96}  # fmt: skip
+_TIMM_SIDE = {
+    "crossvit_9_240": 240,
+    "efficientformer_l1": 224,
+    "halonet26t": 256,
+    "bat_resnext26ts": 256,
+    "inception_v4": 96,
+    "inception_resnet_v2": 96,
+}  # 64 for all others
 
 
 def _timm_build(name: str, side: int | None) -> nn.Module:

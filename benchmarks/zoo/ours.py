@@ -57,6 +57,8 @@ def measure(network: Network, constant: bool, cuts: Any, send: Send) -> None:
         model.double()
         narrow = _compiled(model, inputs, cuts, send)
         _compared(network, model, narrow, send)
+        narrow = _for_training(model, narrow, inputs, cuts, send)
+        _compared_in_training(network, model, narrow, send)
         del narrow
     except Exception as error:
         send({"error": one_line(error)})
@@ -133,6 +135,22 @@ def _compared(network: Network, model: nn.Module, narrow: nn.Module, send: Send)
             send({"resized_error": error})
         except Exception as error:
             send({"resized_error": one_line(error)})
+
+
+def _for_training(
+    model: nn.Module, narrow: nn.Module, inputs: Inputs, cuts: Any, send: Send
+) -> nn.Module:
+    """What is trained: another graph, if the forward has a branch for train mode (heads, say)."""
+    notes = narrow.meta.get("demp_fx")
+    if not any("followed for eval mode" in note for note in getattr(notes, "baked", [])):
+        return narrow
+    send({"train_graph": "its own"})
+    return demp_fx.compile(model.train(), in_float64(inputs), cuts=cuts).module
+
+
+def _compared_in_training(
+    network: Network, model: nn.Module, narrow: nn.Module, send: Send
+) -> None:
     for batch, scale in ((3, 1), (16, 2 if network.flexible else 1)):
         x = in_float64(network.inputs(batch, scale))
         try:
