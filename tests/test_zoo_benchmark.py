@@ -138,6 +138,7 @@ GOOD = {"eval_error": 1e-15, "train_error": 1e-14, "backward": "", "removed": 99
         {"resized_error": "RuntimeError: shapes"},
         {"backward": "gradients that are not finite: ['a']"},
         {"refused": "VerificationError: differs"},
+        {"error": "not done after 60 s"},
     ],
 )
 def test_exact_is_nothing_less(change: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def images(size: int, batch: int, scale: int) -> Inputs:
 
 # -- torchvision --------------------------------------------------------------------------------
 
-_SIDE = {"inception_v3": 128, "maxvit_t": 224}  # 64 for all others
+_SIDE = {"inception_v3": 299, "maxvit_t": 224}  # 64 for all others
 _FIXED = ("vit_", "maxvit_")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},  # its default takes most of a minute

@@ -144,8 +144,10 @@ def _for_training(
     notes = narrow.meta.get("demp_fx")
     if not any("followed for eval mode" in note for note in getattr(notes, "baked", [])):
         return narrow
-    send({"train_graph": "its own"})
-    return demp_fx.compile(model.train(), in_float64(inputs), cuts=cuts).module
+    result = demp_fx.compile(model.train(), in_float64(inputs), cuts=cuts)
+    removed = result.report.params_before - result.report.params_after
+    send({"train_graph": "its own", "removed": removed})
+    return result.module
 
 
 def _compared_in_training(

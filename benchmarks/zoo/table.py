@@ -26,6 +26,7 @@ def is_exact(part: Row) -> bool:
     return (
         all(_small(value, limit) for value, limit in errors)
         and not part.get("refused")
+        and not part.get("error")
         and part.get("backward", "") == ""
     )
 
