@@ -68,11 +68,24 @@ def prune(model: nn.Module, inputs: Any, dead: Dead) -> None:
             alive = {root for index, root in pairs if index not in dead[layer]}
             own = {root for _, root in pairs} - alive
             chosen = own if chosen is None else chosen & own
+        chosen = _alike(group, chosen or set())
         if chosen:
             root = group[0].dep
             asked = graph.get_pruning_group(root.target.module, root.handler, sorted(chosen))
             if graph.check_pruning_group(asked):
                 asked.prune()
+
+
+def _alike(group: Any, chosen: set[int]) -> set[int]:
+    """Those that are chosen in every group of a grouped convolution: its own pruners, too, ask for
+    the same ones in each."""
+    layers = [item.dep.target.module for item in group]
+    grouped = [c for c in layers if isinstance(c, _ConvNd) and 1 < c.groups < c.out_channels]
+    if not grouped:
+        return chosen
+    size = len(group[0].idxs) // max(c.groups for c in grouped)
+    starts = range(0, len(group[0].idxs), size)
+    return {i for i in chosen if all(start + i % size in chosen for start in starts)}
 
 
 def _dead(model: nn.Module, inputs: Any, deaths: dict[str, Tensor]) -> Dead:
