@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.killing import kill
+from benchmarks.zoo.networks import SUITES
 from benchmarks.zoo.outputs import own_error, relative_error, trains
 from benchmarks.zoo.runner import Task, run
 from benchmarks.zoo.table import is_exact, markdown, share, summary
@@ -92,6 +93,17 @@ def test_no_two_living_channels_are_alike() -> None:
     living = torch.ones(16, dtype=torch.bool)
     living[dead["norm"]] = False
     assert len(model.norm.weight[living].unique()) == 8
+
+
+def test_the_zoo_is_whole() -> None:
+    for suite in SUITES.values():
+        assert len(set(suite.names())) == len(suite.names())
+    assert len(SUITES["torchvision"].names()) == 80 + 6
+    timm = SUITES["timm"].names()
+    families = """convnext efficientnet mobilenetv4 repvgg hrnet densenet resnext res2net ghostnet
+        mobilevit vovnet dla nfnet mixer deit swin coat levit xcit pvt cspresnet regnet fastvit
+        edgenext poolformer resnest skresnet rexnet dpn"""
+    assert [f for f in families.split() if not any(f in name for name in timm)] == []
 
 
 # -- the runner ------------------------------------------------------------------------------------

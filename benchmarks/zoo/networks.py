@@ -1,5 +1,5 @@
 """The networks: all of torchvision's for classification and segmentation, and a member or more of
-each of timm's families. A suite is a function that lists networks; SUITES names them.
+each of timm's families. SUITES holds the collections: their names, and how to make one of a name.
 """
 
 from __future__ import annotations
@@ -62,10 +62,16 @@ def _options(name: str) -> dict[str, Any]:
     return next((found for pattern, found in _OPTIONS.items() if fnmatch(name, pattern)), {})
 
 
-def _torchvision_network(name: str, module: Any) -> Network:
-    options = _options(name) | {"weights": None}
-    if module is torchvision.models.segmentation:
-        options["weights_backbone"] = None
+def _torchvision_names() -> list[str]:
+    """All 80 for classification and all 6 for segmentation."""
+    models = torchvision.models
+    return [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
+
+
+def _torchvision_network(name: str) -> Network:
+    module, options = torchvision.models, _options(name) | {"weights": None}
+    if not hasattr(module, name):
+        module, options = module.segmentation, options | {"weights_backbone": None}
     return Network(
         name,
         "torchvision",
@@ -73,15 +79,6 @@ def _torchvision_network(name: str, module: Any) -> Network:
         functools.partial(images, _torchvision_size(name)),
         flexible=not name.startswith(_FIXED),
     )
-
-
-def torchvision_networks() -> list[Network]:
-    """All 80 for classification and all 6 for segmentation."""
-    return [
-        _torchvision_network(name, module)
-        for module in (torchvision.models, torchvision.models.segmentation)
-        for name in torchvision.models.list_models(module=module)
-    ]
 
 
 # -- timm ---------------------------------------------------------------------------------------
@@ -135,24 +132,19 @@ def _timm_build(name: str, side: int | None) -> nn.Module:
     return timm.create_model(name, **({"img_size": side} if side else {}))
 
 
-def timm_networks() -> list[Network]:
-    """timm's. Those that are built for one size of image are built for the small one."""
+def _timm_network(name: str) -> Network:
+    """Those that are built for one size of image are built for the small one."""
     import timm
 
-    networks = []
-    for name in TIMM:
-        side = _TIMM_SIDE.get(name, 64)
-        fixed = _built_for_a_size(timm.model_entrypoint(name))
-        networks.append(
-            Network(
-                name,
-                "timm",
-                functools.partial(_timm_build, name, side if fixed else None),
-                functools.partial(images, side),
-                flexible=not fixed,
-            )
-        )
-    return networks
+    side = _TIMM_SIDE.get(name, 64)
+    fixed = _built_for_a_size(timm.model_entrypoint(name))
+    return Network(
+        name,
+        "timm",
+        functools.partial(_timm_build, name, side if fixed else None),
+        functools.partial(images, side),
+        flexible=not fixed,
+    )
 
 
 def _built_for_a_size(entry_point: Callable[..., nn.Module]) -> bool:
@@ -169,22 +161,29 @@ def _built_for_a_size(entry_point: Callable[..., nn.Module]) -> bool:
 
 # -- all ----------------------------------------------------------------------------------------
 
-SUITES: dict[str, Callable[[], list[Network]]] = {
-    "torchvision": torchvision_networks,
-    "timm": timm_networks,
+
+@dataclass(frozen=True)
+class Suite:
+    """Names, and the network of a name; only those that are asked for are looked into."""
+
+    names: Callable[[], list[str]]
+    network: Callable[[str], Network]
+
+
+SUITES = {
+    "torchvision": Suite(_torchvision_names, _torchvision_network),
+    "timm": Suite(lambda: TIMM, _timm_network),
 }
 
 
 def select(suites: list[str], patterns: list[str]) -> list[Network]:
     """The networks of these suites (all, if none is named) whose names match any pattern."""
-    networks = [n for suite in suites or SUITES for n in SUITES[suite]()]
-    return [n for n in networks if not patterns or any(fnmatch(n.name, p) for p in patterns)]
-
-
-def tensors(inputs: Inputs) -> list[Tensor]:
-    """Every tensor among the arguments."""
-    values = inputs.values() if isinstance(inputs, dict) else inputs
-    return [value for value in values if isinstance(value, Tensor)]
+    return [
+        SUITES[suite].network(name)
+        for suite in suites or SUITES
+        for name in SUITES[suite].names()
+        if not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+    ]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
