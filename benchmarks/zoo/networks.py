@@ -33,6 +33,11 @@ class Network:
     flexible: bool = True
     reduced: str = ""  # in which way it is smaller than the one of this name
 
+    def usual(self) -> Inputs:
+        """What a user would compile it with, for the clock: one image of 224, where it takes any
+        size."""
+        return images(224, 1, 1) if self.flexible else self.inputs(1, 1)
+
 
 def images(size: int, batch: int, scale: int) -> Inputs:
     """A batch of RGB images, half as large again at scale 2."""
@@ -43,7 +48,7 @@ def images(size: int, batch: int, scale: int) -> Inputs:
 # -- torchvision --------------------------------------------------------------------------------
 
 _SIDE = {"inception_v3": 299, "maxvit_t": 224}  # 64 for all others
-_FIXED = ("vit_", "maxvit_")
+_FIXED = ("vit_", "maxvit_", "inception_")  # its auxiliary head takes 299 and little less
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},  # its default takes most of a minute
     "inception_v3": {"init_weights": False},

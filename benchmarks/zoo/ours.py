@@ -1,7 +1,8 @@
 """One network through demp_fx: is it exact, is everything gone that can go, how long does it take?
 
-Time is that of `compile(verify=False)` on float32 weights, in seconds of CPU; verification is timed
-apart. Everything that is compared is compared in float64, against weights compiled in float64.
+Time is that of `compile(verify=False)` on float32 weights and one image of the usual size, in
+seconds of CPU; verification is timed apart. Everything that is compared is compared in float64,
+against weights compiled in float64.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def measure(network: Network, constant: bool, cuts: Any, send: Send) -> None:
     model, inputs, deaths = half_dead(network, constant)
     send({"params": parameters(model), "killed": sum(len(d) for d in deaths.values())})
     try:
-        _timed(model, inputs, cuts, send)
+        _timed(model, network.usual(), cuts, send)
         gc.collect()
         model.double()
         narrow = _compiled(model, inputs, cuts, send)

@@ -37,14 +37,14 @@ def measure(network: Network, constant: bool, send: Callable[[dict[str, Any]], N
     x = in_float64(network.inputs(3, 1))
     expected = numbers(model.double(), x, False)  # float32 and back: no digit is lost
     model.float().eval()
-    dead = _dead(model, inputs, deaths)
+    dead, usual = _dead(model, inputs, deaths), network.usual()
     gc.collect()
     gc.disable()
     try:
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            prune(model, inputs, dead)
+            prune(model, usual, dead)
         seconds = time.process_time() - start
         gc.enable()
         narrow = model.double()
