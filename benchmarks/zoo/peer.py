@@ -44,7 +44,7 @@ def measure(network: Network, constant: bool, send: Callable[[dict[str, Any]], N
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            prune(model, usual, dead)
+            prune(model, usual, dead, {model.get_submodule(name) for name in deaths})
         seconds = time.process_time() - start
         gc.enable()
         narrow = model.double()
@@ -55,10 +55,12 @@ def measure(network: Network, constant: bool, send: Callable[[dict[str, Any]], N
         send({"error": one_line(error)})
 
 
-def prune(model: nn.Module, inputs: Any, dead: Dead) -> None:
-    """Build the dependency graph, and cut the dead of each group, in place."""
+def prune(model: nn.Module, inputs: Any, dead: Dead, killed: set[nn.Module]) -> None:
+    """Build the dependency graph, and cut the dead of each group with a killed layer, in place."""
     graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
     for group in graph.get_all_groups():
+        if not any(item.dep.target.module in killed for item in group):
+            continue  # no gradient may be chance there, behind a ReLU that is shut
         chosen: set[int] | None = None
         for item in group:
             layer = item.dep.target.module
