@@ -58,6 +58,7 @@ def measure(network: Network, constant: bool, send: Callable[[dict[str, Any]], N
 def prune(model: nn.Module, inputs: Any, dead: Dead, killed: set[nn.Module]) -> None:
     """Build the dependency graph, and cut the dead of each group with a killed layer, in place."""
     graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
+    requests = []  # all of them first: cutting renumbers what reads a concat
     for group in graph.get_all_groups():
         if not any(item.dep.target.module in killed for item in group):
             continue  # no gradient may be chance there, behind a ReLU that is shut
@@ -72,10 +73,11 @@ def prune(model: nn.Module, inputs: Any, dead: Dead, killed: set[nn.Module]) -> 
             chosen = own if chosen is None else chosen & own
         chosen = _alike(group, chosen or set())
         if chosen:
-            root = group[0].dep
-            asked = graph.get_pruning_group(root.target.module, root.handler, sorted(chosen))
-            if graph.check_pruning_group(asked):
-                asked.prune()
+            requests.append((group[0].dep, sorted(chosen)))
+    for root, indices in requests:
+        asked = graph.get_pruning_group(root.target.module, root.handler, indices)
+        if graph.check_pruning_group(asked):
+            asked.prune()
 
 
 def _alike(group: Any, chosen: set[int]) -> set[int]:
