@@ -506,3 +506,31 @@ def test_a_network_with_a_head_for_training_compiles_for_either_mode(training: b
     assert narrow.get_submodule("head").weight.shape == (4, 5, 1, 1)
     if training:
         assert narrow.get_submodule("auxiliary").weight.shape == (4, 5, 3, 3)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5], ids=["zero", "constant"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_on_a_transposed_input_is_cut_too(bias: bool, shift: float) -> None:
+    """torch multiplies by a weight expanded over the batch then, and adds the bias apart."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3, bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.up(x.transpose(-1, -2)))
+            return self.down(hidden.transpose(0, 1))
+
+    model, x = Mixer().double().eval(), torch.randn(2, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        model.up.weight[:3] = 0
+        model.up.bias[:3] = shift
+
+    narrow = demp_fx.compile(model, x, cuts="always").module
+
+    fresh = torch.randn(3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-10, atol=1e-12)
+    if shift == 0.0:
+        assert narrow.get_submodule("up").weight.shape == (5, 4)
+        assert narrow.get_submodule("down").weight.shape == (3, 5)
