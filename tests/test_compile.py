@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -479,3 +480,57 @@ def test_every_random_dead_set_of_a_small_network_is_exact() -> None:
         silence(model.norm2, list(dead), shift=-0.1)
         result = demp_fx.compile(model, image(2, 3, 6, 6), verify=False)
         assert_same(model, result.module, image(3, 3, 7, 5))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["for-use", "for-training"])
+def test_a_network_with_a_head_for_training_compiles_for_either_mode(training: bool) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.head, self.auxiliary = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.norm(self.conv(x))
+            return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+    model, x = TwoHeads().double().train(training), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model.norm.weight[:3] = 0
+        model.norm.bias[:3] = 0
+
+    narrow = demp_fx.compile(model, x).module
+
+    expected = model(x)
+    torch.testing.assert_close(narrow(x), expected, rtol=1e-10, atol=1e-12)
+    assert narrow.get_submodule("head").weight.shape == (4, 5, 1, 1)
+    if training:
+        assert narrow.get_submodule("auxiliary").weight.shape == (4, 5, 3, 3)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5], ids=["zero", "constant"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_on_a_transposed_input_is_cut_too(bias: bool, shift: float) -> None:
+    """torch multiplies by a weight expanded over the batch then, and adds the bias apart."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3, bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.up(x.transpose(-1, -2)))
+            return self.down(hidden.transpose(0, 1))
+
+    model, x = Mixer().double().eval(), torch.randn(2, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        model.up.weight[:3] = 0
+        model.up.bias[:3] = shift
+
+    narrow = demp_fx.compile(model, x, cuts="always").module
+
+    fresh = torch.randn(3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(narrow(fresh), model(fresh), rtol=1e-10, atol=1e-12)
+    if shift == 0.0:
+        assert narrow.get_submodule("up").weight.shape == (5, 4)
+        assert narrow.get_submodule("down").weight.shape == (3, 5)

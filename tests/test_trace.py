@@ -327,6 +327,53 @@ def test_a_branch_on_training_is_followed_and_noted() -> None:
     assert graph.meta["demp_fx"].baked == [note]
 
 
+@pytest.mark.parametrize("mode", [False, True], ids=["traced-in-eval", "traced-in-training"])
+def test_a_number_chosen_by_training_follows_train_and_eval(mode: bool) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.scale(x)
+            rate = 0.4 if self.training else 0.0
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=rate).flatten(
+                1 if self.training else -2
+            )
+
+    model = Attention().double().train(mode)
+    graph = demp_fx.trace(model, tensor(2, 3, 4))
+    assert graph.meta["demp_fx"].baked == []
+    for training in (True, False):
+        model.train(training)
+        graph.train(training)
+        torch.manual_seed(0)
+        expected = model(tensor(5, 3, 4))
+        torch.manual_seed(0)
+        torch.testing.assert_close(graph(tensor(5, 3, 4)), expected, rtol=0, atol=0)
+
+
+def test_what_forward_keeps_on_its_modules_is_no_proxy_afterwards() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table: Tensor | None = None
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(x.shape[1]).to(x)
+            if "double" not in self.cache:
+                self.cache["double"] = self.table * 2
+            return x + self.table + self.cache["double"]
+
+    model = nn.Sequential(Lazy())
+    graph = demp_fx.trace(model, X)
+    assert (model[0].table, model[0].cache) == (None, {})
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(model)(X), model(X), rtol=0, atol=0)
+
+
 def test_sizes_steer_python_as_they_do_in_eager() -> None:
     class Sized(nn.Module):
         def __init__(self) -> None:

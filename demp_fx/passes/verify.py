@@ -57,11 +57,15 @@ def verify(
         eval_error=math.nan if errors[False] is None else errors[False],
         train_error=errors.get(True), tolerance=tolerance, batch=batch,
     )  # fmt: skip
-    for mode, error in (("eval", result.eval_error), ("train", result.train_error)):
-        if error is not None and not error <= tolerance:
+    compared = {mode: error for mode, error in errors.items() if error is not None}
+    if not compared:
+        raise VerificationError("the original runs on none of these inputs: nothing was compared")
+    for training, error in compared.items():
+        if not error <= tolerance:
             raise VerificationError(
-                f"the narrow module differs from the original in {mode} mode by {error:.1e} "
-                f"(relative, float64; tolerance {tolerance:.0e}); nothing was handed over"
+                f"the narrow module differs from the original in {'train' if training else 'eval'} "
+                f"mode by {error:.1e} (relative, float64; tolerance {tolerance:.0e}); nothing was "
+                "handed over"
             )
     return result
 

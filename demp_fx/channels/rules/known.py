@@ -43,9 +43,13 @@ def constants(
         return _annihilated(walk, (a, b), result)
     if summed is None or kept is None or weight is None or weight.is_meta:
         return None
-    if any(x in a.letters and x in result for x in b.letters):
-        return None
-    weight = weight.movedim((b.letters.find(kept), b.letters.find(summed)), (0, 1))
+    letters = b.letters
+    for x in b.letters:
+        if x in a.letters and x in result:  # a batch: one weight for all of it, or no weight at all
+            if weight.stride(letters.find(x)) != 0 and weight.size(letters.find(x)) > 1:
+                return None
+            weight, letters = weight.select(letters.find(x), 0), letters.replace(x, "")
+    weight = weight.movedim((letters.find(kept), letters.find(summed)), (0, 1))
     size = weight.size(1)
     before = walk.value(a.tensor).facts if read is None else read.facts
     if before is not None and read is None:
