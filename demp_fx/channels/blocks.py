@@ -96,15 +96,15 @@ def fillers(present: Tensor) -> Tensor:
     return full & ~present
 
 
-def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], set[int]] | None:
+def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:
     """Which indices of each dim stay, of a label whose survivors are `kept`.
 
-    `order`: its varying dims, outer ones first. In inner dims another index may stay in each block;
-    then the mask is that of the first block, and the dim is among those returned second. None
-    where the blocks are not equally long.
+    `order`: its varying dims, outer ones first. In inner dims other indices may stay in each block;
+    then the mask is that of the first block, and all blocks' masks are returned second. None where
+    the blocks are not equally long.
     """
     masks: dict[int, Tensor] = {}
-    ragged: set[int] = set()
+    ragged: dict[int, Tensor] = {}
     blocks = kept.permute(*order, *[d for d in range(kept.dim()) if d not in order])
     blocks = blocks.reshape(1, *[kept.size(d) for d in order])
     for d in order:
@@ -114,6 +114,6 @@ def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], set[in
             return None
         masks[d] = alive[0]
         if not bool((alive == alive[0]).all()):
-            ragged.add(d)
+            ragged[d] = alive
         blocks = blocks[alive]
     return masks, ragged

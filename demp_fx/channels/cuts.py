@@ -19,33 +19,101 @@ from demp_fx.channels.system import Edge, System
 Cuts = Literal["pays", "always", "never"]
 
 # Multiplications in the time of moving one number: about ten on a CPU core and over a hundred with
-# tensor cores; low values cut less.
-MACS_PER_NUMBER = 32
-# A weight is read forward and backward, and its gradient is written.
-MOVES_PER_WEIGHT = 3
+# tensor cores; low values cut less. Everything is counted for a training step, in units of one
+# forward pass over the activations, which backward doubles; a product costs it three times.
+MACS_PER_NUMBER = 32 / 1.5
+# A weight is read forward and backward, its gradient written and read; the optimizer reads and
+# writes it and two moments: ten moves in all.
+MOVES_PER_WEIGHT = 10 / 2
+PARTS = 6  # in how many parts cuts are tried that look bad but are not
 
 
 def decide(system: System, cuts: Cuts = "pays") -> Solution:
-    """Solve, and close every cut that does not pay ("never": all, "always": none)."""
+    """Solve, and close every cut that does not pay ("never": all, "always": none).
+
+    A cut is first weighed by what it frees next to it. If the network as a whole gets dearer
+    without those that look bad, they are closed in parts, and only where that saves something.
+    """
     edges = system.edges
     hard = {id(e) for e in edges} if cuts == "never" else set()
     solution = solve(system, hard)
     while cuts == "pays":
-        places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
-        for edge in cut_edges(solution, edges):
-            alone = "" if edge.kind == "gather" else edge.producer
-            places[edge.consumer, alone].append(edge)
-        if not places:
+        bad = _bad_places(system, solution)
+        if not bad:
             break
-        cost = _Costs(system, solution)
-        closed = {
-            id(e) for place in places.values() if sum(map(cost.gain, place)) <= 0 for e in place
-        }
-        if not closed:
-            break
-        hard |= closed
-        solution = solve(system, hard)
+        closed = {id(e) for place in bad for e in place}
+        without = solve(system, hard | closed)
+        best = total(system, solution)
+        if total(system, without) <= best:
+            hard, solution = hard | closed, without
+            continue
+        for part in _parts(bad):
+            closed = {id(e) for place in part for e in place}
+            without = solve(system, hard | closed)
+            if total(system, without) <= best:
+                hard, solution, best = hard | closed, without, total(system, without)
+        break
     return solution
+
+
+def _bad_places(system: System, solution: Solution) -> list[list[Edge]]:
+    """The places whose cuts move more than they free next to them, the worst first."""
+    places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
+    for edge in cut_edges(solution, system.edges):
+        alone = "" if edge.kind == "gather" else edge.producer
+        places[edge.consumer, alone].append(edge)
+    if not places:
+        return []
+    cost = _Costs(system, solution)
+    gains = [(sum(map(cost.gain, place)), place) for place in places.values()]
+    return [place for gain, place in sorted(gains, key=lambda pair: pair[0]) if gain <= 0]
+
+
+def _parts(places: list[list[Edge]]) -> list[list[list[Edge]]]:
+    """A few runs of places."""
+    size = -(-len(places) // PARTS)
+    return [places[k : k + size] for k in range(0, len(places), size)]
+
+
+def total(system: System, solution: Solution) -> float:
+    """What the narrow network moves and multiplies in all, in numbers moved."""
+    steps = [r for r in system.reads if r.macs or r.weights]
+    runs = [t.atoms for t in system.traffic]
+    for read in steps:
+        runs += [read.inputs, *read.outputs]
+    counts = iter(_counts(solution, runs))
+    cost = sum(2.0 * t.elements * next(counts) for t in system.traffic)
+    for read in steps:
+        part = 1.0
+        for atoms in (read.inputs, *read.outputs):
+            part *= next(counts) / max(1, atoms.numel())
+        cost += part * (read.macs / MACS_PER_NUMBER + read.weights * MOVES_PER_WEIGHT)
+    for edge in cut_edges(solution, system.edges):
+        cost += moves(solution, edge) * edge.elements
+    return cost
+
+
+def _counts(solution: Solution, runs: list[Tensor]) -> list[float]:
+    """How many atoms of each run stay."""
+    if not runs:
+        return []
+    kept = solution.kept(torch.cat(runs)).to(torch.int64).cumsum(0)
+    ends = torch.tensor([r.numel() for r in runs]).cumsum(0)
+    upto = torch.cat([torch.zeros(1, dtype=torch.int64), kept])[ends]
+    found: list[float] = upto.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+    return found
+
+
+def moves(solution: Solution, edge: Edge) -> float:
+    """How many numbers a cut moves, for each position."""
+    before, after = solution.kept(edge.source), solution.kept(edge.target)
+    kept, both = int(after.sum()), int((before & after).sum())
+    moved = 2.0 * both if bool((before & ~after).any()) else 0.0
+    if edge.kind == "sum":  # read and write the sum, read and write where it is added to
+        moved += max(3.0 * both - kept, 0.0)
+    elif both < kept:  # write everything, then read and write what is there
+        moved += kept + 2.0 * both
+    return moved
 
 
 def cut_edges(solution: Solution, edges: list[Edge]) -> list[Edge]:
@@ -76,16 +144,10 @@ class _Costs:
     def gain(self, edge: Edge) -> float:
         """Numbers saved by cutting here, less the numbers that the cut moves."""
         before, after = self.solution.kept(edge.source), self.solution.kept(edge.target)
-        root, kept = self.solution.root, int(after.sum())
+        root = self.solution.root
         saved = self.price[root[edge.source[after & ~before]]].sum()
         saved += self.price[root[edge.target[before & ~after]]].sum()
-        both = int((before & after).sum())
-        moved = 2.0 * both if bool((before & ~after).any()) else 0.0
-        if edge.kind == "sum":  # read and write the sum, read and write where it is added to
-            moved += max(3.0 * both - kept, 0.0)
-        elif both < kept:  # write everything, then read and write what is there
-            moved += kept + 2.0 * both
-        return float(saved) - moved * edge.elements
+        return float(saved) - moves(self.solution, edge) * edge.elements
 
 
 def _weigh(root: Tensor, size: int, items: Iterable[tuple[Tensor, float]]) -> Tensor:

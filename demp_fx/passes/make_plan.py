@@ -57,29 +57,36 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
             plan = plan_of(walked, solution)
             module = narrow(graph, plan)
             after = walk(module, with_facts=False)
-            misfit = _misfit(walked, plan, after) or _misfitting_piece(walked, solution, after)
+            misfits = _misfits(walked, plan, after) or _misfitting_pieces(walked, solution, after)
         except MisfitError as refusal:
-            misfit = refusal.node
+            misfits = list(refusal.nodes)
         except RefusalError as refusal:
-            misfit = _original(graph, refusal.node)
-        if misfit is None:
+            misfits = [_original(graph, refusal.node)]
+        if not misfits:
             return Planned(plan, module, solution, walked, after)
-        _pin_first(walked, misfit, pinned)
+        for misfit in misfits:
+            _pin_first(walked, misfit, pinned)
 
 
-def _misfit(walked: Walk, plan: PruningPlan, after: Walk) -> fx.Node | None:
-    """The first node of the original whose narrow twin does not have the planned shape."""
+def _misfits(walked: Walk, plan: PruningPlan, after: Walk) -> list[fx.Node]:
+    """The nodes of the original whose narrow twins do not have the planned shapes, though what
+    goes into them does."""
     wide = {gather.producer for gather in plan.gathers}  # may be concats, gathered behind
     shapes = {n.name: list(v.shape) for n, v in after.env.items() if isinstance(v, Tensor)}
+    misfits: dict[fx.Node, None] = {}
+    spoilt: set[fx.Node] = set()
     for node, value in walked.env.items():
-        if isinstance(value, Tensor) and node.name in shapes and node.name not in wide:
+        if any(n in spoilt for n in node.all_input_nodes):
+            spoilt.add(node)
+        elif isinstance(value, Tensor) and node.name in shapes and node.name not in wide:
             new = plan.nodes.get(node.name, {})
             if shapes[node.name] != [new.get(d, n) for d, n in enumerate(value.shape)]:
-                return node
-    return None
+                misfits[node] = None
+                spoilt.add(node)
+    return list(misfits)
 
 
-def _misfitting_piece(walked: Walk, solution: Solution, after: Walk) -> fx.Node | None:
+def _misfitting_pieces(walked: Walk, solution: Solution, after: Walk) -> list[fx.Node]:
     """The first node whose narrow twin gives pieces of other sizes than planned (they need not be
     taken out one by one: `cat(x.tensor_split(3)[::-1])`)."""
     found = {n.name: v for n, v in after.env.items()}
@@ -95,8 +102,8 @@ def _misfitting_piece(walked: Walk, solution: Solution, after: Walk) -> fx.Node 
                 if len(dims) == 1 and piece.dim() == old.dim():
                     kept = int(solution.kept(label.reshape(-1)).sum())
                     if piece.size(dims[0]) != kept:
-                        return node
-    return None
+                        return [node]
+    return []
 
 
 def _original(graph: fx.GraphModule, node: fx.Node) -> fx.Node:

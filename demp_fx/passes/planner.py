@@ -37,8 +37,9 @@ def plan_of(walk: Walk, solution: Solution) -> PruningPlan:
 class _Planner:
     walk: Walk
     solution: Solution
-    cache: dict[fx.Node, tuple[Masks, set[int]]] = field(default_factory=dict)
+    cache: dict[fx.Node, tuple[Masks, Masks]] = field(default_factory=dict)
     dropped: set[fx.Node] = field(default_factory=set)
+    misfits: dict[fx.Node, None] = field(default_factory=dict)
 
     def plan(self) -> PruningPlan:
         plan = PruningPlan()
@@ -60,7 +61,12 @@ class _Planner:
             new = sizes.new(node)
             if new:
                 plan.nodes[node.name] = new
-            plan.literals += literals(node, sizes)
+            try:
+                plan.literals += literals(node, sizes)
+            except MisfitError as error:
+                self.misfits.update(dict.fromkeys(error.nodes))
+        if self.misfits:
+            raise MisfitError(*self.misfits)
         plan.counts = counts(self.walk.graph, sizes)
         plan.literals += frozen_scalars(self.walk.graph, sizes)
         self._edges(plan)
@@ -110,18 +116,18 @@ class _Planner:
             if repeats_along(label, d)
         }
 
-    def _cached(self, node: fx.Node) -> tuple[Masks, set[int]]:
+    def _cached(self, node: fx.Node) -> tuple[Masks, Masks]:
         found = self.cache.get(node)
         if found is None:
             value = self.walk.env.get(node)
-            found = self.cache[node] = ({}, set())
+            found = self.cache[node] = ({}, {})
             if isinstance(value, Tensor) and node not in self.dropped:
                 self.cache[node] = found = self._masks(node, value)
         return found
 
-    def _masks(self, node: fx.Node, tensor: Tensor) -> tuple[Masks, set[int]]:
+    def _masks(self, node: fx.Node, tensor: Tensor) -> tuple[Masks, Masks]:
         masks: Masks = {}
-        ragged: set[int] = set()
+        ragged: Masks = {}
         for label in self.walk.value(tensor).labels:
             kept = self.solution.kept(label)
             if bool(kept.all()):
@@ -131,7 +137,8 @@ class _Planner:
             if len(dims) > 1:
                 found = dim_masks(kept, outer_to_inner(label))
                 if found is None:
-                    raise MisfitError(node)
+                    self.misfits[node] = None
+                    continue
                 here, uneven = found
                 ragged |= uneven
             for d, mask in here.items():

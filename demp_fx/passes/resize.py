@@ -7,6 +7,7 @@ sizes, and keep their old value where they are used as numbers (`head_dim ** -0.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,26 +23,27 @@ Masks = dict[int, Tensor]
 
 
 class MisfitError(DempError):
-    """A node's code does not take the sizes that its values would get."""
+    """Nodes whose code does not take the sizes that their values would get."""
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(f"node {node.name!r} cannot be narrowed so")
-        self.node = node
+    def __init__(self, *nodes: fx.Node) -> None:
+        super().__init__(f"{', '.join(n.name for n in nodes)} cannot be narrowed so")
+        self.nodes = nodes
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What a row may ask: the example value of a node, and which indices of its dims stay.
 
-    `seen`: the same of an input, as a node gets it (behind a cut, say). `ragged`: dims on which
-    other indices stay in each block, though as many of them. `merged`: dims that hold the channels
-    together with something else, such as the batch. `changed`: nodes that hold sizes which change.
+    `seen`: the same of an input, as a node gets it (behind a cut, say). `ragged`: for dims on which
+    other indices stay in each block, though as many of them, the masks of all blocks. `merged`:
+    dims that hold the channels together with something else, such as the batch. `changed`: nodes
+    that hold sizes which change.
     """
 
     env: Mapping[fx.Node, Any]
     masks: Callable[[fx.Node], Masks]
     seen: Callable[[fx.Node, fx.Node], Masks]
-    ragged: Callable[[fx.Node], set[int]]
+    ragged: Callable[[fx.Node], Masks]
     merged: Callable[[fx.Node], set[int]]
     changed: set[fx.Node] = field(default_factory=set)
 
@@ -53,11 +55,16 @@ class Sizes:
         """An argument, or the example value of the node that computes it (`x.shape[1] // 2`)."""
         return self.env.get(given) if isinstance(given, fx.Node) else given
 
-    def cut(self, node: fx.Node, source: fx.Node, dim: int) -> Tensor | None:
-        """Which indices of a dim of `source` stay, to tell where `node` cuts it."""
+    def cut(self, node: fx.Node, source: fx.Node, dim: int, *ends: int) -> Tensor | None:
+        """Which indices of a dim of `source` stay, to tell where `node` cuts it: at `ends`, before
+        each of which as many must stay in one block as in another."""
         dim %= self.env[source].dim()
-        if dim in self.ragged(source):
-            raise MisfitError(node)
+        blocks = self.ragged(source).get(dim)
+        if blocks is not None:
+            for end in ends:
+                counts = blocks[:, :end].sum(1)
+                if int(counts.min()) != int(counts.max()):
+                    raise MisfitError(node)
         return self.seen(node, source).get(dim)
 
 
@@ -108,10 +115,10 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> tuple[li
 
 def _pieces(node: fx.Node, sizes: Sizes, dim: Any) -> list[int] | None:
     """The new sizes of the pieces of a split, or None where they stay."""
-    mask = sizes.cut(node, node.all_input_nodes[0], dim)
+    lengths = [piece.size(dim) for piece in sizes.env[node]]
+    mask = sizes.cut(node, node.all_input_nodes[0], dim, *itertools.accumulate(lengths))
     if mask is None:
         return None
-    lengths = [piece.size(dim) for piece in sizes.env[node]]
     return [int(part.sum()) for part in mask.split(lengths)]
 
 
@@ -153,15 +160,16 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         path: list[int | str] = ["args", 1, k] if isinstance(index, tuple) else ["args", 1]
         mask = masks.get(dim)
         whole = isinstance(entry, slice) and entry == slice(None)
-        if mask is not None and not whole:
-            mask = sizes.cut(node, source, dim)
         if mask is not None and isinstance(entry, slice) and not whole:
             ends = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))
             start, stop, step = slice(*ends).indices(mask.numel())
+            sizes.cut(node, source, dim, start, stop)
             span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
             yield Literal(node=node.name, path=path, value=span, slice=True)
         elif mask is not None and isinstance(sizes.number(entry), int):
-            yield Literal(node=node.name, path=path, value=_place(mask, sizes.number(entry)))
+            place = sizes.number(entry) % mask.numel()
+            sizes.cut(node, source, dim, place, place + 1)
+            yield Literal(node=node.name, path=path, value=_place(mask, place))
         dim += 1
 
 
@@ -172,12 +180,13 @@ def _place(mask: Tensor, index: int) -> int:
 def _narrow(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     source = node.all_input_nodes[0]
     _, dim = _argument(node, 1, "dim", 0)
-    mask = sizes.cut(node, source, dim)
+    mask = sizes.seen(node, source).get(dim % sizes.env[source].dim())
     if mask is not None:
         (place, start), (extent, length) = (
             _argument(node, 2, "start", 0), _argument(node, 3, "length", 0)
         )  # fmt: skip
         start, length = sizes.number(start) % mask.numel(), sizes.number(length)
+        sizes.cut(node, source, dim, start, start + length)
         yield Literal(node=node.name, path=place, value=_place(mask, start))
         kept = int(mask[start : start + length].sum())
         yield Literal(node=node.name, path=extent, value=kept)
@@ -186,10 +195,27 @@ def _narrow(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     source = node.all_input_nodes[0]
     _, dim = _argument(node, 1, "dim", 0)
-    mask = sizes.cut(node, source, dim)
+    mask = sizes.seen(node, source).get(dim % sizes.env[source].dim())
     if mask is not None:
         path, index = _argument(node, 2, "index", 0)
-        yield Literal(node=node.name, path=path, value=_place(mask, sizes.number(index)))
+        place = sizes.number(index) % mask.numel()
+        sizes.cut(node, source, dim, place, place + 1)
+        yield Literal(node=node.name, path=path, value=_place(mask, place))
+
+
+def _unflatten(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`unflatten(x, dim, sizes)`: a list of some of the sizes of the result."""
+    new = sizes.new(node)
+    _, dim = _argument(node, 1, "dim", 0)
+    _, given = _argument(node, 2, "sizes", ())
+    if isinstance(given, fx.Node):
+        return
+    source: Any = node.args[0]
+    first = dim % sizes.env[source].dim()
+    path: list[int | str] = ["args", 2] if len(node.args) > 2 else ["kwargs", "sizes"]
+    for k, size in enumerate(given):
+        if first + k in new and size not in (-1, new[first + k]):
+            yield Literal(node=node.name, path=[*path, k], value=new[first + k])
 
 
 def _groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
@@ -216,11 +242,13 @@ def _slice(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     _, dim = _argument(node, 1, "dim", 0)
     if sizes.env[source].size(dim) == sizes.env[node].size(dim):
         return
-    mask = sizes.cut(node, source, dim)
+    mask = sizes.seen(node, source).get(dim % sizes.env[source].dim())
     for position, name in ((2, "start"), (3, "end")):
         path, bound = _argument(node, position, name, None)
         if mask is not None and isinstance(bound, int):
-            place = int(mask[: slice(bound).indices(mask.numel())[1]].sum())
+            end = slice(bound).indices(mask.numel())[1]
+            sizes.cut(node, source, dim, end)
+            place = int(mask[:end].sum())
             yield Literal(node=node.name, path=path, value=place)
 
 
@@ -238,6 +266,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(("chunk", torch.chunk), _chunk),
     **dict.fromkeys(("narrow", torch.narrow), _narrow),
     **dict.fromkeys(("select", torch.select), _select),
+    **dict.fromkeys(("unflatten", torch.unflatten, aten.unflatten.int), _unflatten),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
     operator.getitem: _getitem,
     F.scaled_dot_product_attention: _attention,
@@ -255,5 +284,6 @@ ROWS: dict[Any, Row] = {
     aten.scaled_dot_product_attention.default: _attention,
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _groups),
 }
+SIZE_ROWS = (_shape, _split, _split_evenly, _chunk, _unflatten)
 # Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
-SIZED = {target for target, row in ROWS.items() if row in (_shape, _split, _split_evenly, _chunk)}
+SIZED = {target for target, row in ROWS.items() if row in SIZE_ROWS}

@@ -39,6 +39,8 @@ _ATEN = {
     if isinstance(function, types.BuiltinFunctionType)
     and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
 }
+# Methods that take another tensor's sizes, and the same with the sizes spelled out.
+LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
@@ -148,6 +150,11 @@ class Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
     ) -> Any:
+        if kind == "call_method" and target in LIKE and len(args) == 2:
+            model = self.values.of(args[1])
+            if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
+                sizes = tuple(args[1].shape[d] for d in range(model.dim()))
+                return getattr(args[0], LIKE[target])(sizes)
         if target is torch._assert and self.values.of(args[0]) is True:
             return args[0]  # holds for these sizes, and need not for narrower ones
         if kind == "call_function" and _is_wrapped(target):

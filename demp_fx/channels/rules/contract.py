@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demp_fx.channels.blocks import rows_of
+from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.labels import along, moved, varying
 from demp_fx.channels.rules.known import constants, empty_slices, zero_at
 from demp_fx.channels.rules.operand import Operand
@@ -46,6 +46,9 @@ def meet(
     place = {letter: k for k, letter in enumerate(result)}
     shared = set(a.letters) & set(b.letters)
     batch = next(iter(shared & set(result)), None)
+    if batch is not None:
+        for operand in (a, b):
+            _outermost(walk, call, operand, batch)
     gate = None if batch is None else _gate(walk, call, a, b, batch)
     labels = _kept(walk, call, a, b, place)
     if batch is not None and gate is not None:
@@ -84,6 +87,16 @@ def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int
             else:
                 labels[key] = kept
     return labels
+
+
+def _outermost(walk: Stream, call: Call, operand: Operand, letter: str) -> None:
+    """Blocks of a batch letter have to be the outer ones: where they lie within others (a head
+    dim split before the heads), what is at one place in each of them is one."""
+    d, labels = operand.dim(letter), list(walk.value(operand.tensor).labels)
+    for k, label in enumerate(labels):
+        if d in varying(label) and outer_to_inner(label)[0] != d:
+            labels[k] = walk.tie(label, (d,), call)
+    walk.relabel(operand.tensor, tuple(labels))
 
 
 def _gate(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.blocks import rows_of
+from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
 from demp_fx.channels.rules.known import empty_slices, zero_at
@@ -59,7 +59,10 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
             labels: list[Tensor] = []
             for label in value.labels:
                 mixed, free = _apart(label, dims)
-                if mixed and free:
+                if mixed and free and set(outer_to_inner(label)[: len(free)]) != set(free):
+                    # blocks side by side: what is at one place in each of them is one
+                    kept = moved(walk.tie(label, mixed, call), place, out.dim())
+                elif mixed and free:
                     line = _by_rows(walk, call, label, free, facts)
                     kept = moved(label if out.shape == x.shape else line, place, out.dim())
                 else:

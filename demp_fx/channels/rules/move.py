@@ -188,6 +188,7 @@ def stack(walk: Stream, call: Call) -> None:
     first = found[0]
     agree = first is not None and all(f is not None and f.same_as(first) for f in found)
     facts = first.map(lambda t: t.unsqueeze(dim)) if first is not None and agree else None
+    walk.splits |= any(f is not None for f in found) and not agree
     walk.give(out, tuple(labels.values()), facts)
 
 
@@ -320,6 +321,20 @@ def _content(walk: Stream, numbers: Tensor) -> Tensor | None:
     return None if real is None or real.is_meta or real.dtype == torch.bool else real.cpu()
 
 
+def _restride(walk: Stream, call: Call) -> None:
+    """The strides of a tensor are set anew: nothing is moved where its shape stays."""
+    value, out = walk.value(call.args[0]), call.outputs[0]
+    same = all(
+        label.dim() == out.dim()
+        and all(n in (1, m) for n, m in zip(label.shape, out.shape, strict=True))
+        for label in value.labels
+    )
+    if not same or call.arg("storage_offset"):
+        _refuse(walk, call)
+    else:
+        walk.give(out, value.labels, value.facts, moved=True)
+
+
 RULES: dict[str, Rule] = {
     "aten::cat": cat,
     "aten::stack": stack,
@@ -328,6 +343,7 @@ RULES: dict[str, Rule] = {
     "aten::constant_pad_nd": pad,
     **dict.fromkeys(REARRANGE, move),
     "aten::pixel_shuffle": pixel_shuffle,
+    "aten::as_strided_": _restride,
     "aten::as_strided": lambda walk, call: _refuse(walk, call),
 }
 

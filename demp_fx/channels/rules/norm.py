@@ -26,10 +26,13 @@ def batch_norm(walk: Stream, call: Call) -> None:
     merged: dict[tuple[int, ...], Tensor] = {}
     for label in walk.value(x).labels:
         others = tuple(d for d in varying(label) if d != 1)
+        if 1 not in varying(label):
+            walk.opens = True
+            walk.pin(call, label, "its statistics are over channels", (label,))
+            merged[varying(label)] = label
+            continue
         line = walk.tie(label, others, call)
-        if others and line.numel() == 1:
-            walk.pin(call, line, "its statistics are over channels")
-        elif varying(line) in merged:
+        if varying(line) in merged:
             walk.system.same(merged[varying(line)], line, call.site)
         else:
             merged[varying(line)] = line

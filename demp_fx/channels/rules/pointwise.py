@@ -53,6 +53,8 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
             key = varying(label)
             if key in merged:
                 walk.system.same(merged[key], label, call.site)
+                if len(key) > 1 and outer_to_inner(merged[key]) != outer_to_inner(label):
+                    walk.pin(call, label, "meets blocks that are nested in another order")
             elif key:
                 merged[key] = label
     if not merged:
