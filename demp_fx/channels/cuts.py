@@ -25,6 +25,7 @@ MACS_PER_NUMBER = 32 / 1.5
 # A weight is read forward and backward, its gradient written and read; the optimizer reads and
 # writes it and two moments: ten moves in all.
 MOVES_PER_WEIGHT = 10 / 2
+SLACK = 0.02  # closing cuts has to save so much of all; below that, narrower is better
 PARTS = 6  # in how many parts cuts are tried that look bad but are not
 
 
@@ -44,14 +45,15 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
         closed = {id(e) for place in bad for e in place}
         without = solve(system, hard | closed)
         best = total(system, solution)
-        if total(system, without) <= best:
+        if total(system, without) <= best * (1 - SLACK):
             hard, solution = hard | closed, without
             continue
         for part in _parts(bad):
             closed = {id(e) for place in part for e in place}
             without = solve(system, hard | closed)
-            if total(system, without) <= best:
-                hard, solution, best = hard | closed, without, total(system, without)
+            cost = total(system, without)
+            if cost <= best * (1 - SLACK / PARTS):
+                hard, solution, best = hard | closed, without, cost
         break
     return solution
 

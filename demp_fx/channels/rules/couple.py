@@ -130,8 +130,15 @@ def _constants(
 ) -> Facts | None:  # fmt: skip
     if facts is None or keeps is None or not out.is_floating_point():
         return None
-    if any(facts.known.size(d) > 1 for d in range(facts.known.dim()) if d not in place):
-        return None
+    mixed = [d for d in range(facts.known.dim()) if d not in place and facts.known.size(d) > 1]
+    if mixed:  # zeros all along the dims that go give zeros, whatever the op
+        zero = facts.zero.all(mixed[0], keepdim=True)
+        for d in mixed[1:]:
+            zero = zero.all(d, keepdim=True)
+        only = Facts.of(zero, torch.zeros((2, *zero.shape), dtype=torch.float64))
+        if only is None:
+            return None
+        facts = only
 
     def shift(t: Tensor) -> Tensor:
         shape = [1] * out.dim()

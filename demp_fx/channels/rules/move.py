@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import nested, rows_of
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import compress, reshaped, varying
 from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
 from demp_fx.channels.value import Call
@@ -185,9 +185,8 @@ def stack(walk: Stream, call: Call) -> None:
             else:
                 walk.system.same(full, p, call.site)
     found = [walk.value(t).facts for t in tensors]
-    first = found[0]
-    agree = first is not None and all(f is not None and f.same_as(first) for f in found)
-    facts = first.map(lambda t: t.unsqueeze(dim)) if first is not None and agree else None
+    agree = all(f is not None and found[0] is not None and f.same_as(found[0]) for f in found)
+    facts = _stacked_facts(found, out.dim() - 1, dim) if walk.with_facts else None
     walk.splits |= any(f is not None for f in found) and not agree
     walk.give(out, tuple(labels.values()), facts)
 
@@ -221,14 +220,32 @@ def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
     return torch.cat(full, dim)
 
 
+def _stacked_facts(found: list[Facts | None], rank: int, dim: int) -> Facts | None:
+    known = [f for f in found if f is not None]
+    if not known:
+        return None
+    filled = same_place([_unknown(rank) if f is None else f.aligned(rank) for f in found])
+    values = torch.stack([torch.stack([f.values[m] for f in filled], dim) for m in (0, 1)])
+    return _compressed(
+        Facts(
+            torch.stack([f.known for f in filled], dim), values,
+            torch.stack([f.profile for f in filled], dim),
+        )
+    )  # fmt: skip
+
+
+def _unknown(rank: int) -> Facts:
+    """Facts of a tensor of which nothing is known."""
+    blank = torch.zeros((1,) * rank)
+    return Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
+
+
 def _joined_facts(walk: Stream, tensors: list[Tensor], dim: int) -> Facts | None:
     found = [walk.value(t).facts for t in tensors]
     if all(f is None for f in found):
         return None
     rank = tensors[0].dim()
-    blank = torch.zeros((1,) * rank)
-    none = Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
-    filled = [none if f is None else f.aligned(rank) for f in found]
+    filled = [_unknown(rank) if f is None else f.aligned(rank) for f in found]
 
     def join(read: Callable[[Facts], Tensor]) -> Tensor:
         return _join([read(f) for f in filled], tensors, dim)

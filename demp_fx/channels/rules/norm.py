@@ -144,6 +144,11 @@ def _over_channels(
     single = len(mixed) == 1 and len(varying(mixed[0])) == 1
     atoms = mixed[0].reshape(-1) if single else None
     _follow(walk, call, parameters, atoms, reason)
+    if atoms is not None:  # of the scale, each channel has an atom of its own
+        own = [x for t in parameters if t is not None for x in walk.value(t).labels]
+        if own and own[0].numel() == atoms.numel():
+            named = own[0].reshape(mixed[0].shape)
+            labels = [named if x is mixed[0] else x for x in labels]
     walk.give(out, tuple(labels))
 
 

@@ -47,10 +47,12 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     rank = out.dim()
     operands = [(t, walk.value(t).labels) for t in call.tensors]
     merged: dict[tuple[int, ...], Tensor] = {}
+    made: set[tuple[int, ...]] = set()  # by something else than a table of the model's
     for tensor, labels in operands:
         for label in labels:
             label = label.reshape((1,) * (rank - tensor.dim()) + label.shape)
             key = varying(label)
+            made |= {key} if walk.value(tensor).data is None else set()
             if key in merged:
                 walk.system.same(merged[key], label, call.site)
                 if len(key) > 1 and outer_to_inner(merged[key]) != outer_to_inner(label):
@@ -75,6 +77,7 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
                 covered.add(within[0])
             else:
                 walk.pin(call, label, "meets a value whose channels no parameter makes")
+                covered |= {key} - made  # positions, and no channels
     return tuple(label for key, label in merged.items() if key not in covered)
 
 
