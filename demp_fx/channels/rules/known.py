@@ -10,25 +10,34 @@ from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Stream
 from demp_fx.channels.system import Read
 
+FEW = 16  # fewer slices than one in so many are picked out, more are read with the whole
+
 
 def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
     """Which slices of a weight along `dim` are all zero; None where none is.
 
-    One number of each slice is looked at first, so that a dense weight costs next to nothing.
+    Two numbers of each slice are looked at first, so that a dense weight costs next to nothing;
+    where many could be empty, the whole is read once, in the order of its memory.
     """
     if weight.is_meta or weight.numel() == 0:
         return None
-    corner = weight.movedim(dim, 0)
-    while corner.dim() > 1:
-        corner = corner.select(1, 0)
-    index = (corner == 0).nonzero().reshape(-1)
+    slices = weight.movedim(dim, 0)
+    blank = torch.ones(slices.size(0), dtype=torch.bool, device=weight.device)
+    for end in (0, -1):
+        corner = slices
+        while corner.dim() > 1:
+            corner = corner.select(1, end)
+        blank &= corner == 0
+    index = blank.nonzero().reshape(-1)
     if index.numel() == 0:
         return None
-    empty = torch.zeros(weight.size(dim), dtype=torch.bool)
-    empty[index.cpu()] = (
-        ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
-    )
-    return empty if bool(empty.any()) else None
+    others = [d for d in range(weight.dim()) if d != dim % weight.dim()]
+    if others and weight.is_floating_point() and index.numel() * FEW > blank.numel():
+        empty = (weight.amax(others) == 0) & (weight.amin(others) == 0)
+    else:
+        empty = torch.zeros_like(blank)
+        empty[index] = ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1)
+    return empty.cpu() if bool(empty.any()) else None
 
 
 def constants(
@@ -108,15 +117,25 @@ def outputs_known(
     known = torch.zeros(weight.size(1), dtype=torch.bool) if before is None else before.known
     blind = (~known).nonzero().reshape(-1).to(weight.device)
     candidates = torch.arange(weight.size(0))
+    rows = weight
     if blind.numel():
-        probe = weight.select(1, int(blind[0])).reshape(weight.size(0), -1).select(1, 0)
-        candidates = (probe == 0).nonzero().reshape(-1).cpu()
+        empty = empty_slices(weight, 0)
+        ends = [weight.select(1, int(k)).flatten(1)[:, 0] if weight.dim() > 2
+                else weight.select(1, int(k)) for k in (blind[0], blind[-1])]  # fmt: skip
+        maybe = ((ends[0] == 0) & (ends[1] == 0)).cpu()
+        if empty is not None:
+            maybe &= ~empty  # of those everything is known already
+        candidates = maybe.nonzero().reshape(-1)
+        rows = weight[candidates.to(weight.device)]
+        if candidates.numel():
+            fine = ~(rows[:, blind] != 0).flatten(1).any(1)
+            candidates, rows = candidates[fine.cpu()], rows[fine]
+        if empty is not None:
+            silent = empty.nonzero().reshape(-1)
+            candidates = torch.cat([candidates, silent])
+            rows = torch.cat([rows, rows.new_zeros(1).expand(silent.numel(), *rows.shape[1:])])
         if candidates.numel() == 0:
             return None
-    rows = weight[candidates.to(weight.device)]
-    if blind.numel():
-        fine = ~(rows[:, blind] != 0).flatten(1).any(1)
-        candidates, rows = candidates[fine.cpu()], rows[fine]
     values = offset[candidates].expand(2, -1)
     if before is not None and bool(before.constant.any()):
         hot = before.constant.nonzero().reshape(-1)
