@@ -19,18 +19,19 @@ def walk(
     graph: fx.GraphModule,
     observed: Mapping[str, tuple[int, Facts]] | None = None,
     with_facts: bool = True,
+    labelled: bool = True,
 ) -> Walk:
     """Walk over a traced module, on the shapes of its example inputs.
 
     `observed`: what calibration saw, by node. `with_facts`: also find out what is known of the
-    channels.
+    channels. Without `labelled` only shapes and multiplications are found out.
     Raises `UsageError` for a graph that is not from `demp_fx.trace`, and where its inputs do not
     run through it.
     """
     example = graph.meta.get("example_inputs")
     if not isinstance(example, Inputs):
         raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
-    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts)
+    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts, labelled)
     done.run(example)
     return done
 

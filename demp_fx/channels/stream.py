@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from demp_fx.channels.custom import FunctionOp, written
 from demp_fx.channels.facts import Facts
@@ -31,7 +32,8 @@ class Stream(TorchDispatchMode):
     """While active, every ATen op goes through its rule, which records constraints in `system`.
 
     `rule_of` gives the rule of an op, `shapes` shortcuts past slow meta kernels. `with_facts`: also
-    find out what is known of the channels.
+    find out what is known of the channels. Without `labelled` only shapes and multiplications are
+    found out.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Stream(TorchDispatchMode):
         rule_of: Callable[[torch._ops.OpOverload], Rule],
         shapes: Mapping[Any, Shape],
         with_facts: bool = True,
+        labelled: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rule_of, self.shapes, self.with_facts = rule_of, shapes, with_facts
+        self.labelled = labelled
         self.system = System()
         self.params: dict[str, Value] = {}
         self.activations: dict[str, int] = {}
@@ -79,6 +83,9 @@ class Stream(TorchDispatchMode):
                 out = on_zeros(func, args, kwargs)  # an op of somebody's own, without a fake
         if self.quiet:
             return out
+        if not self.labelled:
+            self._dry(func, args, out)
+            return out
         site = Site(str(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
         for tensor in written(func, args, kwargs):
@@ -86,6 +93,23 @@ class Stream(TorchDispatchMode):
             self.versions[storage] = self.versions.get(storage, 0) + 1
         self._meet(call)
         return out
+
+    def _dry(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        """Where only shapes are wanted: count multiplications, and see that indices are there."""
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is not None:
+            self.system.macs += flops(*args, out_val=out) // 2
+        if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_select):
+            dims = [args[1]] if isinstance(args[1], int) else range(len(args[1]))
+            picks = [args[2]] if isinstance(args[1], int) else args[1]
+            for dim, pick in zip(dims, picks, strict=True):
+                known = None if pick is None or pick.dtype == torch.bool else pick
+                if known is not None and known.is_meta:
+                    known = self.value(known).data
+                if known is None or known.is_meta or not known.numel():
+                    continue
+                if int(known.max()) >= args[0].size(dim):
+                    raise IndexError(f"there is no channel {int(known.max())} any more")
 
     def _with_masks(self, args: Any, kwargs: Any) -> Any:
         """Arguments with the true values of masks and indices that are known: they tell sizes."""
@@ -148,6 +172,8 @@ class Stream(TorchDispatchMode):
         return value
 
     def _parameter(self, tensor: Tensor, name: str, real: Tensor) -> Value:
+        if not self.labelled:
+            return Value(data=real.detach())
         rank = tensor.dim()
         labels = tuple(
             along(self.system.fresh(name, d, n).atoms, rank, d)

@@ -59,8 +59,9 @@ class Walk(Stream):
         shapes: Mapping[Any, Shape],
         observed: Mapping[str, tuple[int, Facts]],
         with_facts: bool = True,
+        labelled: bool = True,
     ) -> None:
-        super().__init__(rule_of, shapes, with_facts)
+        super().__init__(rule_of, shapes, with_facts, labelled)
         self.graph, self.observed = graph, observed
         self.env: dict[fx.Node, Any] = {}
         self.real: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -99,6 +100,8 @@ class Walk(Stream):
         if node.op == "call_module" and str(node.target) in self.opaque:
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs)
+        if not self.labelled:
+            return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
         self._pin_cropped(node)
         start, versions = self.system.mark(), dict(self.versions)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}

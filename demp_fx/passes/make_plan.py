@@ -56,7 +56,7 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
         try:
             plan = plan_of(walked, solution)
             module = narrow(graph, plan)
-            after = walk(module, with_facts=False)
+            after = walk(module, with_facts=False, labelled=False)
             misfits = _misfits(walked, plan, after) or _misfitting_pieces(walked, solution, after)
         except MisfitError as refusal:
             misfits = list(refusal.nodes)
