@@ -62,11 +62,28 @@ def _grouped(m: Any, groups: int) -> dict[str, Any]:
     return {"groups": groups, "in_channels": others, "out_channels": own}
 
 
-def sizes(module: nn.Module, groups: int | None) -> Iterator[tuple[str, Any]]:
+def _tensors(module: nn.Module) -> list[Any]:
+    return [*module._parameters.values(), *module._buffers.values()]
+
+
+def _bare_norm(m: Any, channels: int) -> dict[str, Any]:
+    """A norm without parameters: what goes into it tells its size."""
+    if isinstance(m, nn.GroupNorm):
+        groups = channels // (m.num_channels // m.num_groups)
+        return {"num_channels": channels, "num_groups": groups}
+    return {"num_features": channels}
+
+
+def sizes(module: nn.Module, groups: int | None, channels: int | None) -> Iterator[tuple[str, Any]]:
     """The attributes of a layer that follow from the shapes of its parameters.
 
     `groups`: how many are left of a grouped convolution's, where those have become narrower.
+    `channels`: how many are left on dim 1 of what comes out of the layer, if fewer.
     """
+    norm = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+    if norm and channels is not None and not any(t is not None for t in _tensors(module)):
+        yield from _bare_norm(module, channels).items()
+        return
     if groups is not None:
         yield from _grouped(module, groups).items()
         return

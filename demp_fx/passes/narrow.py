@@ -55,6 +55,11 @@ class _Weights:
         for name, tensor in itertools.chain(graph.named_parameters(), graph.named_buffers()):
             self.names.setdefault(id(tensor), name)
         self.keep, self.grouped = plan.keep, plan.grouped
+        self.channels = {
+            id(graph.get_submodule(str(node.target))): plan.nodes[node.name][1]
+            for node in graph.graph.nodes
+            if node.op == "call_module" and 1 in plan.nodes.get(node.name, {})
+        }
         self.folds: dict[str, list[Folding]] = defaultdict(list)
         self.weights: dict[str, Tensor] = {}
         if plan.folds:
@@ -103,7 +108,8 @@ class _Weights:
         if new is None:
             new = self.modules[id(old)] = self.fill(shallow(old), old)
             groups = self.grouped.get(self.names.get(id(getattr(old, "weight", None)), ""))
-            for key, value in sizes(new, None if groups is None else len(groups)):
+            count = None if groups is None else len(groups)
+            for key, value in sizes(new, count, self.channels.get(id(old))):
                 if getattr(new, key) != value:
                     setattr(new, key, value)
         return new

@@ -307,6 +307,12 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Shape, dict[str, Shape]]] =
         lambda: Normed(nn.InstanceNorm1d(12, affine=True)), _LINE,
         {"a": (6, 3, 1), "norm": (6,), "c": (4, 6, 1)},
     ),
+    "instance norm, bare": (
+        lambda: Normed(nn.InstanceNorm1d(12)), _LINE, {"a": (8, 3, 1), "c": (4, 8, 1)},
+    ),
+    "group norm, bare": (
+        lambda: Normed(nn.GroupNorm(4, 12, affine=False)), _LINE, {"a": (8, 3, 1)},
+    ),
     **{
         name: (
             functools.partial(Stream, norm), (4, 5),
