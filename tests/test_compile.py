@@ -534,3 +534,15 @@ def test_a_linear_layer_on_a_transposed_input_is_cut_too(bias: bool, shift: floa
     if shift == 0.0:
         assert narrow.get_submodule("up").weight.shape == (5, 4)
         assert narrow.get_submodule("down").weight.shape == (3, 5)
+
+
+def test_a_layer_of_one_input_channel_gets_narrower() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 5, 1)
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for p in model[1].parameters():
+            p[:4] = 0
+    narrow = demp_fx.compile(model, torch.randn(2, 1, 6, 6, dtype=torch.float64)).module
+    assert narrow.get_parameter("0.weight").shape == (8, 1, 3, 3)

@@ -175,9 +175,32 @@ class Suite:
     network: Callable[[str], Network]
 
 
+# -- transformers -------------------------------------------------------------------------------
+
+
+def _transformer_names() -> list[str]:
+    from tests.zoo.transformers_networks import TRANSFORMERS
+
+    return list(TRANSFORMERS)
+
+
+def _transformer_network(name: str) -> Network:
+    from tests.zoo.transformers_networks import TRANSFORMERS
+
+    network = TRANSFORMERS[name]
+
+    def inputs(batch: int, scale: int) -> Inputs:
+        length = 7 if "pixel_values" in network.inputs else 5 + 2 * scale
+        given = network.example(batch, length)
+        return {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
+
+    return Network(name, "transformers", network.build, inputs, flexible=False, reduced="tiny")
+
+
 SUITES = {
     "torchvision": Suite(_torchvision_names, _torchvision_network),
     "timm": Suite(lambda: TIMM, _timm_network),
+    "transformers": Suite(_transformer_names, _transformer_network),
 }
 
 

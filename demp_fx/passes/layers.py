@@ -12,7 +12,7 @@ Rule = Callable[[Any], dict[str, Any]]
 
 def _conv(m: Any) -> dict[str, Any]:
     # in a depthwise convolution each filter, or each few of them, is a group of its own
-    depthwise = m.groups == m.in_channels and m.weight.shape[1] == 1
+    depthwise = m.groups > 1 and m.groups == m.in_channels and m.weight.shape[1] == 1
     groups = m.weight.shape[0] // (m.out_channels // m.groups) if depthwise else m.groups
     return {"out_channels": m.weight.shape[0], "in_channels": m.weight.shape[1] * groups,
             "groups": groups}  # fmt: skip
