@@ -58,10 +58,9 @@ def instrument(
     _penalties(new, penalised, graph, home)
     device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     home.to(device)
+    home.train(graph.training)
     module = assemble(_with(graph, home), new, type(graph).__name__)
     module.meta = dict(graph.meta)
-    for part in home.modules():
-        part.training = graph.training
     return module
 
 

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from demp_fx.compiler import CompileResult
-from demp_fx.errors import DempError, UsageError, VerificationError
-from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.errors import DempError, UsageError
+from demp_fx.inputs import ExampleInputs
 from demp_fx.passes.instrument import instrument, to_penalise
 from demp_fx.passes.observe import batches
 from demp_fx.passes.strip import strip
 from demp_fx.passes.summary import summarize
-from demp_fx.passes.verify import FOLDED, TOLERANCE, difference, run
 from demp_fx.recipe import Recipe
 from demp_fx.report.model import Verification
 from demp_fx.trace import trace
 from demp_fx.tracing.module import TracedModule
-from demp_fx.training.deaths import Dead, death_test, goes, held, scores
+from demp_fx.training.compare import compare, first, tolerance
+from demp_fx.training.deaths import Dead, death_test, goes, scores
 from demp_fx.training.dense import Dense, Narrowing
 from demp_fx.training.events import Event
 from demp_fx.training.pressure import Pressure
@@ -132,9 +132,11 @@ class Demon:
         errors = [e.verify_error for e in self.events if e.verify_error is not None]
         if errors:
             report.verification = Verification(
-                eval_error=max(errors), train_error=max(errors), tolerance=self._tolerance(),
+                eval_error=max(errors),
+                train_error=max(errors),
+                tolerance=tolerance(self.module, self.now),
                 batch=self.recipe.verify_samples,
-            )  # fmt: skip
+            )
         for event in self.events:
             for stage, seconds in event.seconds.items():
                 report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds
@@ -193,7 +195,7 @@ class Demon:
     def _narrow(self, new: Narrowing, event: Event) -> None:
         """Build the new network beside the old one, compare, and only then exchange them."""
         old, before = self.now, self._widths()
-        transfer = Transfer(self.dense.shapes, old.plan.keep, new.plan.keep)
+        transfer = Transfer(self.dense.shapes, old.plan, new.plan)
         with _timed(event, "narrow"):
             built = [self._built(transfer, new, m) for m in (self.module, *self.copies)]
         if self.recipe.verify:
@@ -226,33 +228,9 @@ class Demon:
         return self._instrumented(skeleton, new)
 
     def _verify(self, narrow: TracedModule, new: Narrowing) -> float:
-        """The largest relative difference between the module and its narrowing, in both modes.
-
-        Dead channels are held at their level in both, so that what is compared is the narrowing,
-        and not the neurons that were found dead by a test on data.
-        """
         device = next((p.device for p in narrow.parameters()), torch.device("cpu"))
-        inputs = _first(next(iter(batches(self.calibration, device))), self.recipe.verify_samples)
-        worst = 0.0
-        for training in (False, True):
-            with held(self.module, _at(new.gone, self.now.kept)):
-                expected = run(self.module, inputs, training)
-            with held(narrow, _at(new.gone, new.kept)):
-                found = run(narrow, inputs, training)
-            error = difference(expected, found)
-            if not error <= self._tolerance(new):
-                raise VerificationError(
-                    f"the narrowing at step {self.steps} was undone: in "
-                    f"{'train' if training else 'eval'} mode the result is off by {error:.1e}"
-                )
-            worst = max(worst, error)
-        return worst
-
-    def _tolerance(self, new: Narrowing | None = None) -> float:
-        if not (new or self.now).plan.folds:
-            return TOLERANCE
-        eps = [torch.finfo(p.dtype).eps for p in self.module.parameters() if p.is_floating_point()]
-        return FOLDED * max(eps)
+        inputs = first(next(iter(batches(self.calibration, device))), self.recipe.verify_samples)
+        return compare((self.module, self.now), (narrow, new), inputs)
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -280,7 +258,7 @@ class Demon:
         self.steps, self.samples = int(state["steps"]), int(state["samples"])
         self.events = [Event.model_validate(event) for event in state["events"]]
         self.generator.set_state(state["generator"])
-        transfer = Transfer(self.dense.shapes, self.now.plan.keep, new.plan.keep)
+        transfer = Transfer(self.dense.shapes, self.now.plan, new.plan)
         for target in (self.module, *self.copies):
             built = self._built(transfer, new, target)
             if target is self.module and self.optimizer is not None:
@@ -304,17 +282,6 @@ class Demon:
 
     def _widths(self) -> dict[str, int]:
         return {layer.node: layer.width for layer in self.now.layers}
-
-
-def _at(gone: Mapping[str, Dead], kept: Mapping[str, Tensor]) -> dict[str, Dead]:
-    """Dead channels of the dense network as those of a narrowing that has the `kept` ones."""
-    return {name: Dead(d.mask[kept[name]], d.level[kept[name]]) for name, d in gone.items()}
-
-
-def _first(inputs: Inputs, samples: int) -> Inputs:
-    """The first samples of a batch."""
-    sizes = {t.shape[0] for t in inputs.tensors if t.dim()}
-    return inputs.map(lambda t: t[:samples] if t.dim() else t) if len(sizes) == 1 else inputs
 
 
 @contextmanager

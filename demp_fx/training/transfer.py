@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from demp_fx.passes.narrow import select
+from demp_fx.passes.plan import PruningPlan
+from demp_fx.training.fold import folded
 from demp_fx.training.optimizer import Move, follow
 
 Keep = Mapping[str, Mapping[int, list[int]]]
@@ -50,8 +52,12 @@ def reindexed(
 class Transfer:
     """From a narrowing `old` of a dense network to a narrowing `new`; `shapes`: of its tensors."""
 
-    def __init__(self, shapes: Mapping[str, torch.Size], old: Keep, new: Keep) -> None:
-        self.shapes, self.old, self.new = shapes, old, new
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], old: PruningPlan, new: PruningPlan
+    ) -> None:
+        self.shapes, self.folds = shapes, new.folds
+        self.old: Keep = old.keep
+        self.new: Keep = new.keep
 
     def tensor(self, name: str, value: Tensor) -> Tensor:
         """What becomes of the tensor called `name`, or of a moment of it."""
@@ -62,8 +68,10 @@ class Transfer:
     def fill(self, skeleton: fx.GraphModule, source: nn.Module) -> None:
         """Give a new narrowing the numbers, the flags and the devices of the old one."""
         parameters = dict(source.named_parameters())
+        changed = folded(self.folds, parameters, self.old)
         for name, p in skeleton.named_parameters():
-            p.data = _own(self.tensor(name, parameters[name].detach()), parameters[name])
+            value = changed.get(name, parameters[name].detach())
+            p.data = _own(self.tensor(name, value), parameters[name])
             p.requires_grad_(parameters[name].requires_grad)
         device = next((p.device for p in parameters.values()), torch.device("cpu"))
         buffers = dict(source.named_buffers())
