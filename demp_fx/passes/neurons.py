@@ -87,11 +87,8 @@ def neurons(graph: fx.GraphModule, walked: Walk | None = None) -> list[Neurons]:
     """
     walked = walked or walk(without_numbers(graph))
     root = classes(walked.system)
-    found = [(n, kind, d) for n, kind, d in _activations(walked)]
-    heads = {}
-    for node, _, _ in found:
-        atoms = walked.value(walked.env[node]).labels[0].reshape(-1)
-        heads[node] = root[atoms]
+    found = list(_activations(walked, root))
+    heads = {node: root[label_along(walked, node, dim)] for node, _, dim in found}
     own = torch.zeros(walked.system.atoms, dtype=torch.bool)
     for atoms in heads.values():
         own[atoms] = True
@@ -107,15 +104,27 @@ def neurons(graph: fx.GraphModule, walked: Walk | None = None) -> list[Neurons]:
     ]  # fmt: skip
 
 
-def _activations(walked: Walk) -> Iterator[tuple[fx.Node, str, int]]:
+def label_along(walked: Walk, node: fx.Node, dim: int) -> Tensor:
+    """The atoms that a node's value carries along `dim`, and along no other."""
+    labels = walked.value(walked.env[node]).labels
+    return next(label.reshape(-1) for label in labels if varying(label) == (dim,))
+
+
+def _activations(walked: Walk, root: Tensor) -> Iterator[tuple[fx.Node, str, int]]:
+    """Every activation with one axis of channels that may go: its node, its kind, the dim."""
+    pinned = torch.zeros(walked.system.atoms, dtype=torch.bool)
+    for pin in walked.system.pins:
+        pinned[root[pin.atoms]] = True
+    for edge in reversed(walked.system.edges):  # what has to arrive has to set out
+        pinned[root[edge.source[pinned[root[edge.target]]]]] = True
     for node, value in walked.env.items():
         kind = _kind(walked.graph, node)
-        dim = walked.activations.get(node.name)
-        if kind is None or dim is None or not isinstance(value, Tensor):
+        if kind is None or not isinstance(value, Tensor):
             continue
         labels = walked.value(value).labels
-        if len(labels) == 1 and varying(labels[0]) == (dim,) and bool((labels[0] > 0).all()):
-            yield node, kind, dim
+        free = [label for label in labels if not bool(pinned[root[label]].all())]
+        if len(free) == 1 and len(varying(free[0])) == 1 and bool((free[0] > 0).all()):
+            yield node, kind, varying(free[0])[0]
 
 
 def _kind(graph: fx.GraphModule, node: fx.Node) -> str | None:

@@ -147,10 +147,10 @@ def widths(before: dict[str, int], after: dict[str, int]) -> str:
     return picture(draw, (_SIZE[0], max(2.2, 0.22 * len(before) + 0.9)))
 
 
-def _legend(left: Axes, right: Axes, loc: str = "best") -> None:
+def _legend(left: Axes, right: Axes) -> None:
     """One legend for two axes."""
     lines = [*left.get_lines(), *right.get_lines()]
-    right.legend(lines, [str(line.get_label()) for line in lines], fontsize=7, loc=loc)
+    right.legend(lines, [str(line.get_label()) for line in lines], fontsize=7)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -93,7 +94,9 @@ def load(path: Path) -> Checkpoint:
             state=json.loads((path / STATE).read_text()),
             optimizer=torch.load(path / OPTIMIZER, weights_only=True),
         )
-    except (OSError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+    except (
+        OSError, KeyError, TypeError, SafetensorError, RuntimeError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

@@ -14,7 +14,7 @@ from demp_fx.channels.cuts import Cuts
 from demp_fx.channels.facts import Facts
 from demp_fx.passes.make_plan import Planned, fit
 from demp_fx.passes.narrow import narrow
-from demp_fx.passes.neurons import Neurons, neurons, select
+from demp_fx.passes.neurons import Neurons, label_along, neurons, select
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.twin import without_numbers
 from demp_fx.recipe import Recipe
@@ -99,5 +99,4 @@ def _kept(planned: Planned, layer: Neurons) -> Tensor:
     """Which channels of a layer of neurons are there after a narrowing."""
     walked = planned.before
     node = next(n for n in walked.env if n.name == layer.node)
-    (label,) = walked.value(walked.env[node]).labels
-    return planned.solution.kept(label.reshape(-1))
+    return planned.solution.kept(label_along(walked, node, layer.dim))

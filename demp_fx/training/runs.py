@@ -78,8 +78,7 @@ class Run:
         self.trainer = Trainer(config, model, train, test, saved)
         every = config.checkpoint_every
         self.every = train.per_epoch if every is None else steps(every, self.trainer.total)
-        offset = int(saved.state["metrics"]) if saved else 0
-        self.metrics = Metrics(folder, offset, say)
+        self.offset = int(saved.state["metrics"]) if saved else 0
 
     def _claim(self, resume: bool, overwrite: bool) -> None:
         """Make the folder, or make sure that it is of the same run."""
@@ -111,16 +110,18 @@ class Run:
 
         Raises `InterruptedRun` after Ctrl-C, with a checkpoint written.
         """
-        with self._until_interrupted():
-            done = self.trainer.run(self)
-        if not done:
-            self._checkpoint(must=True)
+        self.metrics = Metrics(self.folder, self.offset, self.say)
+        try:
+            with self._until_interrupted():
+                done = self.trainer.run(self)
+            if not done:
+                self._checkpoint(must=True)
+                raise InterruptedRun(f"interrupted at step {self.trainer.step}; --resume goes on")
+            result = self.trainer.finish(self)
+            figures = self._figures(result)
+            self.metrics.write("end", self.trainer.step, **figures)
+        finally:
             self.metrics.close()
-            raise InterruptedRun(f"interrupted at step {self.trainer.step}; --resume goes on")
-        result = self.trainer.finish()
-        figures = self._figures(result)
-        self.metrics.write("end", self.trainer.step, **figures)
-        self.metrics.close()
         try:
             if result is not None:
                 output.write(result, self.folder / NARROW, overwrite=True)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.step = 0 if saved is None else saved.step
         self.seconds = 0.0
+        self.tally = Tally()
         self.demon: Demon | None = None
         if config.demon is not None:
             state = None
@@ -86,16 +88,13 @@ class Trainer:
         if self.demon is not None and self.step == 0:
             for first in self.demon.events:
                 self._tell(listener, first)
-        loss, seen, right = torch.zeros((), device=self.device), 0, torch.zeros(())
-        right = right.to(self.device)
-        fresh_since = self.step
         while self.step < self.total:
             start = time.perf_counter()
             value, hits, count = self._step()
             event: Event | None = None if self.demon is None else self.demon.step()
             self._average()
-            loss, right, seen = loss + value, right + hits, seen + count
             self.step += 1
+            self.tally.add(value, hits, count)
             if self.step % self.config.log_every == 0 or self.device.type == "cpu":
                 _check_finite(float(value), self.step)
             taken = time.perf_counter() - start
@@ -105,11 +104,7 @@ class Trainer:
             if event is not None:
                 self._tell(listener, event)
             if self.step % self.train.per_epoch == 0:
-                mean = float(loss) / max(1, self.step - fresh_since)
-                _check_finite(mean, self.step)
-                self._epoch(listener, mean, float(right) / max(1, seen))
-                loss, right, seen = loss * 0, right * 0, 0
-                fresh_since = self.step
+                self._epoch(listener)
             if listener.after_step(self.step):
                 return False
         return True
@@ -186,11 +181,15 @@ class Trainer:
             m.training = mode
         return loss / len(self.test.split), right / len(self.test.split)
 
-    def finish(self) -> CompileResult | None:
+    def finish(self, listener: Listener) -> CompileResult | None:
         """The last pruning; None for a dense run."""
-        start = time.perf_counter()
-        result = None if self.demon is None else self.demon.finish()
+        if self.demon is None:
+            return None
+        start, checks = time.perf_counter(), len(self.demon.events)
+        result = self.demon.finish()
         self.seconds += time.perf_counter() - start
+        for event in self.demon.events[checks:]:
+            self._tell(listener, event)
         return result
 
     # -- telling --------------------------------------------------------------------------------
@@ -205,7 +204,10 @@ class Trainer:
                        **self.demon.now.size.model_dump()}  # fmt: skip
         listener.record("step", self.step, **values)
 
-    def _epoch(self, listener: Listener, loss: float, accuracy: float) -> None:
+    def _epoch(self, listener: Listener) -> None:
+        loss, accuracy = self.tally.means()
+        _check_finite(loss, self.step)
+        self.tally = Tally()
         start = time.perf_counter()
         test_loss, test_accuracy = self.evaluate()
         listener.record(
@@ -224,7 +226,7 @@ class Trainer:
         weights = dict(self.module.state_dict())
         if self.ema is not None:
             weights |= {_EMA + key: value for key, value in self.ema.state_dict().items()}
-        state: dict[str, Any] = {"seconds": self.seconds}
+        state: dict[str, Any] = {"seconds": self.seconds, "tally": self.tally.state()}
         optimizer = {
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
@@ -247,6 +249,28 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved.optimizer["scaler"])
         self.seconds = float(saved.state["seconds"])
+        self.tally = Tally(*saved.state["tally"])
+
+
+@dataclass
+class Tally:
+    """Sums over the steps of an epoch; on the device, so that nothing waits for them."""
+
+    loss: Tensor | float = 0.0
+    right: Tensor | int = 0
+    samples: int = 0
+
+    def add(self, loss: Tensor, right: Tensor, samples: int) -> None:
+        self.loss, self.right = self.loss + loss.double() * samples, self.right + right
+        self.samples += samples
+
+    def means(self) -> tuple[float, float]:
+        """Loss and accuracy."""
+        return float(self.loss) / self.samples, int(self.right) / self.samples
+
+    def state(self) -> list[float]:
+        """Plain numbers, to make it anew from."""
+        return [float(self.loss), int(self.right), self.samples]
 
 
 class Probes:

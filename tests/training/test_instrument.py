@@ -16,6 +16,8 @@ from demp_fx.passes.instrument import instrument
 from demp_fx.passes.neurons import neurons
 from demp_fx.passes.strip import strip
 from demp_fx.recipe import Recipe
+from examples.resnet import resnet18
+from examples.vit import vit_digits
 from tests.training.nets import Plain, Residual, batch
 
 
@@ -114,6 +116,20 @@ def test_neurons_end_in_one_activation_each() -> None:
     }  # fmt: skip
 
 
+def test_hidden_units_of_a_transformer_are_neurons_and_tokens_are_not() -> None:
+    model = vit_digits()
+    found = neurons(demp_fx.trace(model, torch.randn(2, 1, 8, 8)))
+    assert [(n.dim, n.width) for n in found] == [(2, 128), (2, 128)]
+    assert [[p.parameter for p in n.parts] for n in found] == [
+        [f"layers.{k}.up.weight", f"layers.{k}.up.bias"] for k in range(2)
+    ]
+
+
+def test_the_papers_resnet18_has_3904_neurons() -> None:
+    found = neurons(demp_fx.trace(resnet18(), torch.randn(2, 3, 32, 32)))
+    assert sum(n.width for n in found) == 3904
+
+
 def test_logits_are_no_neurons() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     (layer,) = neurons(demp_fx.trace(model, torch.randn(2, 4)))
@@ -124,11 +140,11 @@ def test_a_parameter_used_without_a_module_is_penalised_too() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lin = nn.Linear(4, 6)
+            self.lin, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             x = nn.functional.linear(x, self.lin.weight)
-            return torch.relu(x)
+            return self.head(torch.relu(x))
 
     module = instrument(demp_fx.trace(Bare(), torch.randn(2, 4)), Recipe(penalise="weights"))
     with torch.no_grad():
