@@ -74,7 +74,10 @@ class Recipe(Config):
     )
     death_threshold: float = Field(0.0, ge=0, description="eps of the death test")
     death_test: Literal["auto"] | Test = Field(
-        "auto", description="auto: two-sided for tanh and its like, one-sided for all others"
+        "auto",
+        description="one-sided: the sum is at most eps, as in the paper; silent: nothing is above "
+        "eps; two-sided: all is within eps of -1 or of 1; auto: one-sided for ReLU and its like, "
+        "two-sided for tanh and its like, silent for what may be negative (GELU, leaky ReLU)",
     )
     death_modes: Literal["both", "eval"] = Field(
         "both",

@@ -1,4 +1,4 @@
-"""A small ResNet for images of 8 x 8, to be trained on scikit-learn's digits: see digits.yaml."""
+"""Small networks for images of 8 x 8, to be trained on scikit-learn's digits: see digits.yaml."""
 
 from __future__ import annotations
 
@@ -44,4 +44,18 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.bn(self.conv(x))))
         logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+class MLP(nn.Module):
+    """Two hidden layers without normalisation: the penalty is on their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 256)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(x.flatten(1)))))
+        logits: Tensor = self.head(x)
         return logits

@@ -9,15 +9,15 @@ STAGES = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512, 512, 1024))
 
 
 class VGG(nn.Module):
-    """Stages of 3x3 convolutions with a pool behind each; `size`: of the images."""
+    """Stages of 3x3 convolutions with a pool behind each, for images of `size`."""
 
     def __init__(
         self, stages: tuple[tuple[int, ...], ...] = STAGES, hidden: int = 4096, size: int = 64,
-        classes: int = 10,
+        channels: int = 3, classes: int = 10,
     ) -> None:  # fmt: skip
         super().__init__()
         layers: list[nn.Module] = []
-        inputs = 3
+        inputs = channels
         for stage in stages:
             for width in stage:
                 conv = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
@@ -48,3 +48,8 @@ def vgg16() -> VGG:
 def small() -> VGG:
     """For images of 32 x 32 and a CPU."""
     return VGG(((16, 16), (32, 32), (64, 64), (128, 128)), hidden=128, size=32)
+
+
+def for_digits() -> VGG:
+    """For the digits, 8 x 8 and grey."""
+    return VGG(((32, 32), (64, 64)), hidden=64, size=8, channels=1)

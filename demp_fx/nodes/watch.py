@@ -7,16 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Test = Literal["one-sided", "two-sided"]
+Test = Literal["one-sided", "silent", "two-sided"]
 
 
 class Watch(nn.Module):
     """Identity on an activation; counts deaths of the channels on `dim` while it is `recording`.
 
     One-sided: a channel is dead in a batch if the sum of its activations over batch and space is at
-    most `threshold` (for a ReLU and a threshold of 0: it never fired). Two-sided, for activations
-    that saturate at -1 and 1: dead if it is within `threshold` of one of the two everywhere. Dead
-    is what is so in every batch, and, two-sided, always on the same side.
+    most `threshold` (for a ReLU and a threshold of 0: it never fired). Silent: if none of them is
+    above `threshold`; for activations that may be negative that asks for more. Two-sided, for those
+    that saturate at -1 and 1: if all are within `threshold` of one of the two. Dead is what is so
+    in every batch, and, two-sided, always on the same side.
     """
 
     def __init__(self, dim: int, test: Test = "one-sided", threshold: float = 0.0) -> None:
@@ -57,6 +58,9 @@ class Watch(nn.Module):
         if self.test == "one-sided":
             wide = torch.promote_types(x.dtype, torch.float32)
             dead = x.sum(rest, dtype=wide) <= self.threshold
+            level = torch.zeros_like(dead, dtype=torch.float32)
+        elif self.test == "silent":
+            dead = x.amax(rest) <= self.threshold
             level = torch.zeros_like(dead, dtype=torch.float32)
         else:
             top = x.amin(rest) >= 1 - self.threshold

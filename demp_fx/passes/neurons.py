@@ -23,6 +23,7 @@ from demp_fx.nodes.watch import Test
 from demp_fx.passes.twin import without_numbers
 
 _SATURATING = ("tanh", "hardtanh", "softsign")
+_RECTIFYING = ("relu", "relu6", "threshold", "hardsigmoid", "sigmoid")  # never below zero
 _ACTIVATIONS = (
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
     "softplus", "sigmoid", "hardsigmoid", "hardswish", "logsigmoid", "threshold", *_SATURATING,
@@ -96,7 +97,7 @@ def neurons(graph: fx.GraphModule, walked: Walk | None = None) -> list[Neurons]:
     return [
         Neurons(
             node=node.name, dim=dim, width=heads[node].numel(),
-            test="two-sided" if kind in _SATURATING else "one-sided",
+            test=_test(kind),
             in_place=_in_place(walked.graph, node),
             parts=tuple(_parts(walked, root, heads[node], own)),
         )
@@ -137,6 +138,13 @@ def _kind(graph: fx.GraphModule, node: fx.Node) -> str | None:
         return _FUNCTIONS.get(node.target)
     name = str(node.target).removesuffix("_")
     return name if node.op == "call_method" and name in _ACTIVATIONS else None
+
+
+def _test(kind: str) -> Test:
+    """The death test that suits an activation."""
+    if kind in _SATURATING:
+        return "two-sided"
+    return "one-sided" if kind in _RECTIFYING else "silent"
 
 
 def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:

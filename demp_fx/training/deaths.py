@@ -15,7 +15,6 @@ from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.nodes.watch import Watch
 from demp_fx.passes.instrument import HOME
-from demp_fx.passes.neurons import Neurons
 from demp_fx.passes.observe import batches, probing
 from demp_fx.passes.still import Still
 
@@ -86,34 +85,3 @@ def held(module: fx.GraphModule, dead: Mapping[str, Dead]) -> Iterator[None]:
     finally:
         for watch in nodes.values():
             watch.held = None
-
-
-def goes(dead: Tensor, score: Tensor, least: int, multiple: int) -> Tensor:
-    """Which of the dead go, so that at least `least` channels stay, a multiple of `multiple`.
-
-    Where dead ones have to stay, those with the highest `score` do.
-    """
-    width = dead.numel()
-    stay = max(width - int(dead.sum()), min(least, width))
-    stay = min(width, -(-stay // multiple) * multiple)
-    if stay >= width:
-        return torch.zeros_like(dead)
-    candidates = dead.nonzero().reshape(-1)
-    order = candidates[score[candidates].argsort(stable=True)]
-    result = torch.zeros_like(dead)
-    result[order[: width - stay]] = True
-    return result
-
-
-def scores(layer: Neurons, module: fx.GraphModule) -> Tensor:
-    """How much there is of each neuron: the sum of |scale|s, or of norms of its filters."""
-    parameters = dict(module.named_parameters())
-    total = torch.zeros(layer.width, dtype=torch.float64)
-    weights = [p for p in layer.parts if p.parameter.endswith("weight")]
-    scales = [p for p in weights if parameters[p.parameter].dim() == 1]
-    for part in scales or weights:
-        value = parameters[part.parameter].detach().movedim(part.dim, 0)
-        size = value.reshape(value.shape[0], -1).norm(dim=1).to("cpu", torch.float64)
-        mine = part.channel >= 0
-        total.index_add_(0, part.channel[mine], size[mine])
-    return total

@@ -21,8 +21,10 @@ from demp_fx.recipe import Recipe
 from demp_fx.report.model import Verification
 from demp_fx.trace import trace
 from demp_fx.tracing.module import TracedModule
+from demp_fx.training.choose import Choice
 from demp_fx.training.compare import compare, first, tolerance
-from demp_fx.training.deaths import Dead, death_test, goes, scores
+from demp_fx.training.controller import Controller
+from demp_fx.training.deaths import Dead, death_test
 from demp_fx.training.dense import Dense, Narrowing
 from demp_fx.training.events import Event
 from demp_fx.training.pressure import Pressure
@@ -77,6 +79,9 @@ class Demon:
         span = recipe.steps(total_steps)
         self.penalty_at = OneCycle(recipe.penalty, span)
         self.noise_at = OneCycle(recipe.noise_std, span)
+        self.controller: Controller | None = None
+        for measure, share in (recipe.target or {}).items():
+            self.controller = Controller(measure, share, span, recipe.penalty)
         self.events: list[Event] = []
         self.copies: list[fx.GraphModule] = []
         self.steps = self.samples = 0
@@ -106,7 +111,7 @@ class Demon:
     @property
     def penalty(self) -> float:
         """lambda at this step."""
-        return self.penalty_at(self.steps)
+        return self.penalty_at(self.steps) if self.controller is None else self.controller.penalty
 
     @property
     def noise_std(self) -> float:
@@ -142,6 +147,9 @@ class Demon:
                 report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds
             if event.failure is not None:
                 report.warnings.append(f"step {event.step}: {event.failure}")
+        if self.controller is not None:
+            left = self.dense.share(self.now, self.controller.measure)
+            report.assumptions.append(self.controller.verdict(left))
         return CompileResult(strip(self.module), self.now.plan, report)
 
     # -- pruning --------------------------------------------------------------------------------
@@ -154,6 +162,7 @@ class Demon:
         event = Event(
             step=self.steps, dead={}, removed={}, widths=self._widths(), size=self.now.size,
             penalty=self.penalty, noise_std=self.noise_std,
+            aim=None if self.controller is None else self.controller.reference(self.steps),
         )  # fmt: skip
         self.events.append(event)
         with _timed(event, "check"):
@@ -165,32 +174,23 @@ class Demon:
         try:
             with _timed(event, "plan"):
                 new = self._plan(dead)
-            if new is not None:
+            if new.plan != self.now.plan:
                 self._narrow(new, event)
         except (DempError, RuntimeError) as error:
             event.failure = str(error)
         return event
 
-    def _plan(self, dead: Mapping[str, Dead]) -> Narrowing | None:
-        """The network without the dead that may go; None where nothing would change."""
-        gone, changed = {}, False
-        for layer in self.now.layers:
-            kept, found = self.now.kept[layer.node], dead[layer.node]
-            before = self.now.gone.get(layer.node)
-            mask = torch.zeros_like(kept) if before is None else before.mask.clone()
-            level = torch.zeros(kept.numel()) if before is None else before.level.clone()
-            going = goes(
-                found.mask, scores(layer, self.module), self.recipe.min_width, self.recipe.round_to
-            )
-            going &= ~mask[kept]  # some are given up already, and still there for others' sake
-            mask[kept] |= going
-            level[kept] = torch.where(going, found.level, level[kept])
-            gone[layer.node] = Dead(mask, level)
-            changed |= bool(going.any())
-        if not changed:
-            return None
-        new = self.dense.without(gone)
-        return None if new.plan == self.now.plan else new
+    def _plan(self, dead: Mapping[str, Dead]) -> Narrowing:
+        """The network without the dead that may go."""
+        choice = Choice(self.dense, self.now, dead, self.recipe, self.module)
+        new, control = choice.all(), self.controller
+        if control is None:
+            return new
+        left = self.dense.share(new, control.measure)
+        control.observe(self.steps, left, self.recipe.prune_every)
+        if left < control.share:
+            return choice.down_to(control.measure, control.share)
+        return new
 
     def _narrow(self, new: Narrowing, event: Event) -> None:
         """Build the new network beside the old one, compare, and only then exchange them."""
@@ -244,6 +244,7 @@ class Demon:
             "steps": self.steps, "samples": self.samples, "gone": gone,
             "events": [event.model_dump(mode="json") for event in self.events],
             "generator": self.generator.get_state(),
+            "controller": None if self.controller is None else self.controller.state(),
         }  # fmt: skip
 
     def _resume(self, state: Mapping[str, Any]) -> None:
@@ -258,6 +259,8 @@ class Demon:
         self.steps, self.samples = int(state["steps"]), int(state["samples"])
         self.events = [Event.model_validate(event) for event in state["events"]]
         self.generator.set_state(state["generator"])
+        if self.controller is not None:
+            self.controller.restore(state["controller"])
         transfer = Transfer(self.dense.shapes, self.now.plan, new.plan)
         for target in (self.module, *self.copies):
             built = self._built(transfer, new, target)

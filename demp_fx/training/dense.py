@@ -17,7 +17,7 @@ from demp_fx.passes.narrow import narrow
 from demp_fx.passes.neurons import Neurons, label_along, neurons, select
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.twin import without_numbers
-from demp_fx.recipe import Recipe
+from demp_fx.recipe import Measure, Recipe
 from demp_fx.tracing.module import TracedModule
 from demp_fx.training.deaths import Dead
 from demp_fx.training.events import Size
@@ -85,6 +85,12 @@ class Dense:
             channels=sum(layer.width for layer in layers),
         )
         return Narrowing(planned, dict(gone), layers, kept, size)
+
+    def share(self, narrowing: Narrowing, measure: Measure) -> float:
+        """How much of the dense network is left."""
+        left: int = getattr(narrowing.size, measure)
+        whole: int = getattr(self.size, measure)
+        return left / whole
 
     def nothing(self) -> Planned:
         """The plan that removes nothing."""

@@ -192,9 +192,14 @@ class Run:
                 "seconds_pruning": sum(sum(e.seconds.values()) for e in demon.events),
                 "widths": {n.node: [n.width, int(demon.now.kept[n.node].sum())]
                            for n in demon.dense.layers},
-                "checks": len(demon.events),
+                "target": None, "checks": len(demon.events),
                 "failures": sum(e.failure is not None for e in demon.events),
             }  # fmt: skip
+            control = demon.controller
+            if control is not None:
+                left = demon.dense.share(demon.now, control.measure)
+                figures |= {"target": control.verdict(left),
+                            "aimed_at": [control.measure, control.share]}  # fmt: skip
         return figures
 
 

@@ -11,7 +11,8 @@ from demp_fx.errors import UsageError
 from demp_fx.nodes.watch import Watch
 from demp_fx.passes.instrument import instrument
 from demp_fx.recipe import Recipe
-from demp_fx.training.deaths import death_test, goes
+from demp_fx.training.choose import goes
+from demp_fx.training.deaths import death_test
 from tests.training.nets import Plain, batch, kill, probes
 
 
@@ -51,13 +52,34 @@ def test_one_sided(act: type[nn.Module], eps: float) -> None:
     with torch.no_grad():
         model.bn1.bias[:] = torch.linspace(-4, 1, 10)
         model.conv2.bias[:] = torch.linspace(-3, 2, 7)
-    module = instrument(demp_fx.trace(model, batch(0)[0]), Recipe(death_threshold=eps))
+    module = instrument(
+        demp_fx.trace(model, batch(0)[0]), Recipe(death_threshold=eps, death_test="one-sided")
+    )
     found, samples = death_test(module, probes(3), (False,))
     assert samples == 48
     for name in ("act1", "act2"):
         expected = reference(model, getattr(model, name), probes(3), eps)
         assert torch.equal(found[name].mask, expected)
         assert 0 < int(expected.sum()) < expected.numel()
+
+
+def test_silent_asks_that_nothing_is_above_the_threshold() -> None:
+    watch = Watch(1, "silent")
+    watch.start()
+    watch(torch.tensor([[-0.1, -0.1, 0.0], [-0.2, 0.05, 0.0]]))  # the second sums to less than 0
+    assert watch.stop()[0].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("act", "test"),
+    [(nn.ReLU, "one-sided"), (nn.GELU, "silent"), (nn.LeakyReLU, "silent"), (nn.Tanh, "two-sided")],
+)
+def test_each_activation_has_its_own(act: type[nn.Module], test: str) -> None:
+    graph = demp_fx.trace(Named(act), batch(0)[0])
+    module = instrument(graph, Recipe())
+    assert module.get_submodule("demp.act1_watch").test == test
+    module = instrument(graph, Recipe(death_test="one-sided"))
+    assert module.get_submodule("demp.act1_watch").test == "one-sided"
 
 
 def test_two_sided_is_for_what_saturates_on_one_side() -> None:
@@ -77,16 +99,6 @@ def test_a_side_that_changes_between_batches_is_alive() -> None:
     watch(torch.tensor([[1.0, 1.0]]))
     watch(torch.tensor([[-1.0, 1.0]]))
     assert watch.stop()[0].tolist() == [False, True]
-
-
-def test_tanh_is_tested_on_both_sides_unless_the_recipe_says_otherwise() -> None:
-    graph = demp_fx.trace(Named(nn.Tanh), batch(0)[0])
-    for recipe, expected in (
-        (Recipe(), "two-sided"),
-        (Recipe(death_test="one-sided"), "one-sided"),
-    ):
-        module = instrument(graph, recipe)
-        assert module.get_submodule("demp.act1_watch").test == expected
 
 
 def silent_in_eval_only() -> tuple[nn.Module, int]:
