@@ -31,6 +31,7 @@ class Pressure:
             for part in layer.parts if layer.node in self.nodes else ():
                 entry = layer.node, part.dim, part.channel
                 self.parts.setdefault(part.parameter, []).append(entry)
+        self.memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.noisy = [
             (name, p)
             for name, p in module.named_parameters()
@@ -71,17 +72,24 @@ class Pressure:
     @torch.no_grad()
     def add_noise(self, std: float, generator: torch.Generator) -> None:
         """Add std * N(0, 1) to every trained parameter of a living neuron, and to those of none."""
-        if std > 0:
-            masks = self.masks()
-            for name, p in self.noisy:
-                noise = torch.randn(
-                    p.shape, generator=generator, device=p.device, dtype=p.dtype
-                )  # fmt: skip
-                if name in masks:
-                    dim, mask = masks[name]
-                    shape = [1] * p.dim()
-                    shape[dim] = -1
-                    noise.mul_(mask.to(p.dtype).reshape(shape))
-                p.add_(noise, alpha=std)
+        masks = self.masks() if std > 0 else {}
+        for name, p in self.noisy if std > 0 else ():
+            noise = self._scratch(p).normal_(generator=generator)
+            if name in masks:
+                dim, mask = masks[name]
+                shape = [1] * p.dim()
+                shape[dim] = -1
+                noise.mul_(mask.to(p.dtype).reshape(shape))
+            p.add_(noise, alpha=std)
         for node in self.nodes.values():
             node.reset()
+
+    def _scratch(self, p: Tensor) -> Tensor:
+        """Memory of a parameter's shape, the same for all: new pages cost as much as the numbers
+        that are put into them."""
+        place = p.dtype, p.device
+        have = self.memory.get(place)
+        if have is None or have.numel() < p.numel():
+            sizes = [q.numel() for _, q in self.noisy if (q.dtype, q.device) == place]
+            have = self.memory[place] = torch.empty(max(sizes), dtype=p.dtype, device=p.device)
+        return have[: p.numel()].view(p.shape)
