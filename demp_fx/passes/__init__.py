@@ -18,6 +18,9 @@ CATALOGUE: list[tuple[str, str]] = [
     ("observe", "the death test: which channels never fire on calibration data"),
     ("make_plan", "find what is dead, proven or observed, and what can be cut for it"),
     ("narrow", "carry out a plan: a physically narrower module"),
+    ("neurons", "find layers of neurons: activations, and the parameters that make them"),
+    ("instrument", "insert noise, penalty and watch nodes, as a recipe says"),
+    ("strip", "take every inserted node out again"),
     ("verify", "compare with the original in float64, in eval and train mode"),
 ]
 

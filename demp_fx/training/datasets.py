@@ -19,6 +19,7 @@ from demp_fx.training.config import DataConfig
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 _THREADS = 8
+_MEMORY = 1 << 30  # bytes of images that are held decoded
 
 
 class Split(Protocol):
@@ -108,10 +109,16 @@ def load_data(config: DataConfig, seed: int = 0) -> tuple[Split, Split]:
 
 
 def _some(split: Split, limit: int | None, seed: int) -> Split:
-    if limit is None or limit >= len(split):
-        return split
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return Subset(split, order[:limit].sort().values)
+    """As many as asked for; in memory where they come from files and are small."""
+    if limit is not None and limit < len(split):
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+        split = Subset(split, order[:limit].sort().values)
+    inner = split.whole if isinstance(split, Subset) else split
+    if isinstance(inner, Files):
+        one = decode(inner.paths[0], inner.size)
+        if len(split) * one.numel() <= _MEMORY:
+            return Arrays(*split.take(torch.arange(len(split))))
+    return split
 
 
 def _digits() -> tuple[Split, Split]:
@@ -179,7 +186,7 @@ def _pickles(folder: Path, names: list[str]) -> Arrays:
 
 
 def _tree(folder: Path, classes: list[str], size: int | None) -> Split:
-    """All images under folder/<class>; in memory where they are small."""
+    """All images under folder/<class>."""
     paths, labels = [], []
     for number, name in enumerate(classes):
         found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
@@ -187,12 +194,7 @@ def _tree(folder: Path, classes: list[str], size: int | None) -> Split:
         labels += [number] * len(found)
     if not paths:
         raise UsageError(f"{folder} holds no images")
-    files = Files(paths, torch.tensor(labels), size)
-    one = decode(paths[0], size)
-    if len(paths) * one.numel() > 1 << 30:
-        return files
-    images, numbers = files.take(torch.arange(len(paths)))
-    return Arrays(images, numbers)
+    return Files(paths, torch.tensor(labels), size)
 
 
 def decode(path: Path, size: int | None) -> Tensor:
