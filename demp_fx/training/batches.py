@@ -6,6 +6,7 @@ else: a run that is resumed in the middle of an epoch needs no state of any gene
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -101,3 +102,17 @@ def pipelines(
         Pipeline(train, size, seed, device, pad, flip, mean, std),
         Pipeline(test, size, seed, device, 0, False, mean, std),
     )
+
+
+class Probes:
+    """The probe batches: training images, the same ones every time, not augmented."""
+
+    def __init__(self, train: Pipeline, batches: int, size: int) -> None:
+        self.train = train
+        order = torch.Generator().manual_seed(seed_of(train.seed, 4))
+        index = torch.randperm(len(train.split), generator=order)
+        self.parts = index[: batches * size].split(size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self.parts:
+            yield self.train.plain(part)[0]

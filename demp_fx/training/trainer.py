@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from demp_fx.compiler import CompileResult
 from demp_fx.errors import DivergedError, UsageError
-from demp_fx.training.batches import Pipeline, seed_of
+from demp_fx.training.batches import Pipeline, Probes, seed_of
 from demp_fx.training.checkpoint import Checkpoint
-from demp_fx.training.config import OptimizerConfig, RunConfig, ScheduleConfig, steps
+from demp_fx.training.config import RunConfig
 from demp_fx.training.demon import Demon
 from demp_fx.training.events import Event
+from demp_fx.training.setup import check_fit, make_optimizer, rate
 
 _EMA = "ema/"
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +53,7 @@ class Trainer:
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.example = train.plain(torch.arange(min(2, len(train.split))))[0]
-        _check(model, self.example, test)
+        check_fit(model, self.example, test)
         self.optimizer = make_optimizer(config.optimizer, model)
         fp16 = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -66,7 +67,8 @@ class Trainer:
                 state = saved.state["demon"] | {"generator": saved.optimizer["generator"]}
             recipe = config.demon.model_copy(update={"accumulate": config.accumulate})
             self.demon = Demon(
-                model, self.optimizer, self.example, recipe, Probes(train, config),
+                model, self.optimizer, self.example, recipe,
+                Probes(train, config.probe.batches, config.probe.size),
                 total_steps=self.total, scaler=self.scaler if fp16 else None, state=state,
             )  # fmt: skip
         self.module: nn.Module = model if self.demon is None else self.demon.module
@@ -271,70 +273,6 @@ class Tally:
     def state(self) -> list[float]:
         """Plain numbers, to make it anew from."""
         return [float(self.loss), int(self.right), self.samples]
-
-
-class Probes:
-    """The probe batches: training images, the same ones every time, not augmented."""
-
-    def __init__(self, train: Pipeline, config: RunConfig) -> None:
-        self.train = train
-        order = torch.Generator().manual_seed(seed_of(config.seed, 4))
-        index = torch.randperm(len(train.split), generator=order)
-        self.parts = index[: config.probe.batches * config.probe.size].split(config.probe.size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for part in self.parts:
-            yield self.train.plain(part)[0]
-
-
-def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a recipe; the decay of SGD is left to the trainer."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.name == "adamw":
-        return torch.optim.AdamW(
-            parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
-    return torch.optim.SGD(
-        parameters, config.lr, momentum=config.momentum, nesterov=config.nesterov
-    )
-
-
-def rate(config: ScheduleConfig, step: int, total: int) -> float:
-    """The factor of the learning rate at a step, counted from 0."""
-    warmup = 0 if config.warmup == 0 else steps(config.warmup, total)
-    if step < warmup:
-        return (step + 1) / warmup
-    share = (step - warmup) / max(1, total - warmup)
-    if config.name == "step":
-        return float(config.factor ** (step // steps(config.every, total)))
-    if config.name == "cosine":
-        return (1 + math.cos(math.pi * share)) / 2
-    if config.name == "onecycle":
-        if share < 0.3:
-            return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * share / 0.3)) / 2
-        return (1 + math.cos(math.pi * (share - 0.3) / 0.7)) / 2
-    return 1.0
-
-
-def _check(model: nn.Module, example: Tensor, test: Pipeline) -> None:
-    """That the model takes the images, and names as many classes as there are."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad():
-            logits = model.eval()(example)
-    except Exception as error:
-        shape = "x".join(map(str, example.shape))
-        raise UsageError(f"the model does not take the images ({shape}): {error}") from error
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UsageError("the model must return logits of shape (batch, classes)")
-    labels = test.split.take(torch.arange(len(test.split)))[1] if len(test.split) < 20_000 else None
-    if labels is not None and int(labels.max()) >= logits.shape[1]:
-        raise UsageError(
-            f"the model has {logits.shape[1]} outputs, the data has label {int(labels.max())}"
-        )
 
 
 def _check_finite(loss: float, step: int) -> None:

@@ -28,7 +28,7 @@ from demp_fx.training.config import RunConfig
 from demp_fx.training.datasets import load_data
 from demp_fx.training.metrics import Metrics, read
 from demp_fx.training.runs import Run
-from demp_fx.training.trainer import rate
+from demp_fx.training.setup import rate
 from tests.training.tiny import RECIPE, Tiny
 
 ROOT = Path(__file__).parents[2]
