@@ -49,6 +49,7 @@ class RunRecords:
         self.steps = [r for r in records if r["kind"] == "step"]
         self.epochs = [r for r in records if r["kind"] == "epoch"]
         self.events = [r for r in records if r["kind"] == "event"]
+        self.compiling = sum(r["seconds"] for r in records if r["kind"] == "compile")
         ends = [r for r in records if r["kind"] == "end"]
         self.end: Record | None = ends[-1] if ends else None
 
@@ -92,6 +93,8 @@ def _figures(run: RunRecords) -> Iterable[tuple[str, str]]:
     if run.events:
         pruning = sum(sum(e["seconds"].values()) for e in run.events)
         yield "of them checking and narrowing", f"{pruning:.1f}"
+        if run.compiling:
+            yield "of them compiling anew", f"{run.compiling:.1f}"
         yield "death checks", str(len(run.events))
         failed = sum(e["failure"] is not None for e in run.events)
         if failed:

@@ -28,7 +28,7 @@ class Event(BaseModel):
     penalty: float = Field(description="lambda at this step")
     noise_std: float = Field(description="sigma at this step")
     aim: float | None = Field(None, description="under a target: the share that ought to be left")
-    seconds: dict[str, float] = Field({}, description="wall-clock by stage")
+    seconds: dict[str, float] = Field({}, description="wall-clock, by stage")
     verify_error: float | None = Field(None, description="largest relative difference, float64")
     failure: str | None = Field(None, description="why nothing was narrowed, if that went wrong")
 

@@ -60,6 +60,8 @@ class Trainer:
         self.step = 0 if saved is None else saved.step
         self.seconds = 0.0
         self.tally = Tally()
+        self.typical = 0.0  # seconds of a step
+        self.stale: Event | None = None  # narrowed the module that has to be compiled anew
         self.demon: Demon | None = None
         if config.demon is not None:
             state = None
@@ -101,6 +103,8 @@ class Trainer:
                 _check_finite(float(value), self.step)
             taken = time.perf_counter() - start
             self.seconds += taken
+            pruning = 0.0 if event is None else sum(event.seconds.values())
+            self._compiled(listener, event, taken - pruning)
             if self.step % self.config.log_every == 0:
                 self._log(listener, float(value), taken, event)
             if event is not None:
@@ -205,6 +209,16 @@ class Trainer:
             values |= {"penalty": self.demon.penalty, "noise_std": self.demon.noise_std,
                        **self.demon.now.size.model_dump()}  # fmt: skip
         listener.record("step", self.step, **values)
+
+    def _compiled(self, listener: Listener, event: Event | None, taken: float) -> None:
+        """How long the module was compiled anew, in the first step after a narrowing."""
+        if self.stale is not None:
+            again = max(0.0, taken - self.typical)
+            self.stale.seconds["compile"] = again
+            listener.record("compile", self.step, seconds=again)
+        self.typical = taken if self.stale is None else self.typical
+        narrowed = event is not None and event.total_removed > 0
+        self.stale = event if narrowed and self.config.compile else None
 
     def _epoch(self, listener: Listener) -> None:
         loss, accuracy = self.tally.means()

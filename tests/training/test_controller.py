@@ -13,6 +13,7 @@ import torch
 
 import demp_fx
 from demp_fx.recipe import Recipe
+from demp_fx.report import run as report
 from demp_fx.training.choose import Choice
 from demp_fx.training.config import RunConfig
 from demp_fx.training.controller import Controller
@@ -144,6 +145,9 @@ def test_a_run_lands_on_its_target_and_goes_on_well(tmp_path: Path) -> None:
     assert events[0]["aim"] == 1.0
     assert events[-1]["aim"] == pytest.approx(0.6)
     assert events[-1]["penalty"] == 0.0
+    page = report.write(report.RunRecords(tmp_path / "run")).read_text()
+    assert "The way to the target" in page
+    assert "channels at 60.0% of the dense network: reached" in page
 
 
 @pytest.mark.slow

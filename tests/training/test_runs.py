@@ -274,6 +274,23 @@ def test_other_ways_to_train(changes: dict[str, Any], tmp_path: Path) -> None:
     assert figures["test_accuracy"] > 0.8
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+def test_a_compiled_module_is_compiled_anew_after_a_narrowing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="eager", fullgraph=True))
+    figures = go(tmp_path / "run", compile=True)
+    assert figures["after"]["channels"] < figures["before"]["channels"]
+    assert figures["failures"] == 0
+    records = read(tmp_path / "run")
+    narrowed = {r["step"] for r in records if r["kind"] == "event" and r["removed"]} - {36}
+    compiled = [r for r in records if r["kind"] == "compile"]
+    assert {r["step"] for r in compiled} == {step + 1 for step in narrowed - {0}}
+    assert sum(r["seconds"] for r in compiled) > 0
+
+
 def test_weight_decay_of_sgd_is_decoupled(tmp_path: Path) -> None:
     """A step without a gradient shrinks by lr * decay, momentum or not."""
     config = RunConfig.from_dict(
