@@ -50,6 +50,11 @@ def small() -> VGG:
     return VGG(((16, 16), (32, 32), (64, 64), (128, 128)), hidden=128, size=32)
 
 
+def medium() -> VGG:
+    """Half as wide again as `small`."""
+    return VGG(((24, 24), (48, 48), (96, 96), (192, 192)), hidden=192, size=32)
+
+
 def for_digits() -> VGG:
     """For the digits, 8 x 8 and grey."""
     return VGG(((32, 32), (64, 64)), hidden=64, size=8, channels=1)

@@ -183,7 +183,7 @@ class Run:
         loss, accuracy = self.trainer.evaluate(module)
         figures: dict[str, Any] = {
             "steps": self.trainer.step, "test_loss": loss, "test_accuracy": accuracy,
-            "seconds": self.trainer.seconds,
+            "seconds": self.trainer.seconds, "cpu_seconds": self.trainer.cpu_seconds,
         }  # fmt: skip
         if result is not None and self.trainer.demon is not None:
             demon = self.trainer.demon

@@ -58,7 +58,7 @@ class Trainer:
         fp16 = config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.step = 0 if saved is None else saved.step
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.tally = Tally()
         self.typical = 0.0  # seconds of a step
         self.stale: Event | None = None  # narrowed the module that has to be compiled anew
@@ -93,7 +93,7 @@ class Trainer:
             for first in self.demon.events:
                 self._tell(listener, first)
         while self.step < self.total:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             value, hits, count = self._step()
             event: Event | None = None if self.demon is None else self.demon.step()
             self._average()
@@ -103,6 +103,7 @@ class Trainer:
                 _check_finite(float(value), self.step)
             taken = time.perf_counter() - start
             self.seconds += taken
+            self.cpu_seconds += time.process_time() - busy
             pruning = 0.0 if event is None else sum(event.seconds.values())
             self._compiled(listener, event, taken - pruning)
             if self.step % self.config.log_every == 0:
@@ -191,9 +192,11 @@ class Trainer:
         """The last pruning; None for a dense run."""
         if self.demon is None:
             return None
-        start, checks = time.perf_counter(), len(self.demon.events)
+        start, busy = time.perf_counter(), time.process_time()
+        checks = len(self.demon.events)
         result = self.demon.finish()
         self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - busy
         for event in self.demon.events[checks:]:
             self._tell(listener, event)
         return result
@@ -229,7 +232,8 @@ class Trainer:
         listener.record(
             "epoch", self.step, epoch=self.step // self.train.per_epoch, loss=loss,
             accuracy=accuracy, test_loss=test_loss, test_accuracy=test_accuracy,
-            seconds=self.seconds, test_seconds=time.perf_counter() - start,
+            seconds=self.seconds, cpu_seconds=self.cpu_seconds,
+            test_seconds=time.perf_counter() - start,
         )  # fmt: skip
 
     def _tell(self, listener: Listener, event: Event) -> None:
@@ -242,7 +246,11 @@ class Trainer:
         weights = dict(self.module.state_dict())
         if self.ema is not None:
             weights |= {_EMA + key: value for key, value in self.ema.state_dict().items()}
-        state: dict[str, Any] = {"seconds": self.seconds, "tally": self.tally.state()}
+        state: dict[str, Any] = {
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "tally": self.tally.state(),
+        }
         optimizer = {
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
@@ -265,6 +273,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved.optimizer["scaler"])
         self.seconds = float(saved.state["seconds"])
+        self.cpu_seconds = float(saved.state["cpu_seconds"])
         self.tally = Tally(*saved.state["tally"])
 
 

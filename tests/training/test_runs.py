@@ -61,7 +61,7 @@ def invoke(*args: str | Path) -> Result:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, without the wall-clock."""
-    clocks = ("seconds", "step_seconds", "test_seconds", "seconds_pruning")
+    clocks = ("seconds", "cpu_seconds", "step_seconds", "test_seconds", "seconds_pruning")
     return [{k: v for k, v in r.items() if k not in clocks} for r in read(folder)]
 
 
