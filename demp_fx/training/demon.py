@@ -176,8 +176,10 @@ class Demon:
                 new = self._plan(dead)
             if new.plan != self.now.plan:
                 self._narrow(new, event)
-        except (DempError, RuntimeError) as error:
+        except DempError as error:
             event.failure = str(error)
+        except Exception as error:  # whatever it is: nothing has changed, and training goes on
+            event.failure = f"{type(error).__name__}: {error}"
         return event
 
     def _plan(self, dead: Mapping[str, Dead]) -> Narrowing:

@@ -49,6 +49,25 @@ def reindexed(
     return tensor
 
 
+def widened(
+    tensor: Tensor, dense: torch.Size, keep: Mapping[int, list[int]],
+    grouped: list[list[int]] | None, blank: float,
+) -> Tensor:  # fmt: skip
+    """A narrow tensor at the dense shape, `blank` where it has nothing: undoes `narrow.select`."""
+    if grouped is not None:
+        index = torch.tensor(grouped, device=tensor.device)
+        rows = index.repeat_interleave(tensor.size(0) // len(grouped), 0)
+        rows = rows.reshape(*rows.shape, *[1] * (tensor.dim() - 2)).expand(tensor.shape)
+        wide = tensor.new_full((tensor.size(0), dense[1], *tensor.shape[2:]), blank)
+        tensor = wide.scatter(1, rows, tensor)
+    for dim, kept in keep.items():
+        shape = list(tensor.shape)
+        shape[dim] = dense[dim]
+        at = torch.tensor(kept, device=tensor.device)
+        tensor = tensor.new_full(shape, blank).index_copy(dim, at, tensor)
+    return tensor
+
+
 class Transfer:
     """From a narrowing `old` of a dense network to a narrowing `new`; `shapes`: of its tensors."""
 
@@ -58,12 +77,17 @@ class Transfer:
         self.shapes, self.folds = shapes, new.folds
         self.old: Keep = old.keep
         self.new: Keep = new.keep
+        self.grouped = old.grouped, new.grouped
 
     def tensor(self, name: str, value: Tensor) -> Tensor:
         """What becomes of the tensor called `name`, or of a moment of it."""
         old, new = self.old.get(name, {}), self.new.get(name, {})
         blank = 1.0 if name.endswith("running_var") else 0.0
-        return reindexed(value, self.shapes[name], old, new, blank)
+        before, after = (grouped.get(name) for grouped in self.grouped)
+        if before is None and after is None:
+            return reindexed(value, self.shapes[name], old, new, blank)
+        wide = widened(value, self.shapes[name], old, before, blank)
+        return select(wide, {d: list(index) for d, index in new.items()}, after)
 
     def fill(self, skeleton: fx.GraphModule, source: nn.Module) -> None:
         """Give a new narrowing the numbers, the flags and the devices of the old one."""

@@ -277,7 +277,7 @@ def test_a_commit_that_breaks_off_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(demon_file, "install", install)
         event = demon.prune()
-    assert event.failure == "out of memory"
+    assert event.failure == "RuntimeError: out of memory"
     assert [id(p) for g in demon.optimizer.param_groups for p in g["params"]] == groups
     assert all(torch.equal(v, before[k]) for k, v in demon.module.state_dict().items())
     assert set(demon.optimizer.state) == set(demon.module.parameters())
@@ -459,6 +459,45 @@ def test_inputs_by_name_and_depthwise_layers() -> None:
     assert event.failure is None
     assert set(event.widths.values()) == {7}
     assert torch.allclose(demon.module.eval()(**x), expected, atol=1e-12)
+
+
+class Grouped(nn.Module):
+    """A grouped convolution between two plain ones, as in ResNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 5)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        out: Tensor = self.head(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+        return out
+
+
+def test_grouped_convolutions_keep_training() -> None:
+    dense, cut = Grouped(), Grouped()
+    for model in (dense, cut):  # the same number in each group, at other places
+        kill(model.bn1, [0, 5, 10, 15])
+        kill(model.bn2, [1, 2, 4, 7, 8, 9, 14, 15])
+    runs = [make(m, "adamw", prune_every=every) for m, every in ((dense, 100), (cut, 3))]
+    expected, found = (train(demon, 0, 4) for demon in runs)
+    event = runs[1].events[0]
+    assert event.failure is None
+    assert event.widths == {"relu": 12, "relu_1": 8}
+    assert runs[1].module.get_parameter("conv2.weight").shape == (8, 3, 3, 3)
+    kill(runs[0].module.get_submodule("bn1"), [1, 6, 11, 12])
+    narrow_bn = runs[1].module.get_submodule("bn1")
+    kill(narrow_bn, [0, 4, 8, 9])
+    expected += train(runs[0], 4, 4)
+    found += train(runs[1], 4, 4)
+    assert runs[1].events[1].failure is None
+    assert runs[1].module.get_parameter("conv2.weight").shape == (8, 2, 3, 3)
+    for a, b in zip(expected, found, strict=True):
+        assert float(b) == pytest.approx(float(a), rel=1e-8)
 
 
 def test_a_network_without_activations_has_nothing_to_prune() -> None:
