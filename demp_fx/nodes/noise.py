@@ -3,8 +3,8 @@
 Noise is added to the parameters after the optimizer's step, and to those of living neurons alone.
 A neuron lives if the task loss has a gradient where its activation begins; behind a ReLU that never
 fired that gradient is exactly zero, whatever a penalty does to the parameters. The node hands the
-gradient on, and leaves its largest magnitude in each channel as the gradient of a buffer: so it
-adds up over the backward passes of one optimizer step, and survives `torch.compile`.
+gradient on, and leaves its sum in each channel as the gradient of a buffer, as if that were a bias:
+so it adds up over the backward passes of one optimizer step, and survives `torch.compile`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 
 class _Probe(torch.autograd.Function):
-    """Identity on `x`; the gradient of `probe` is the largest |gradient of x| in each channel."""
+    """Identity on `x`; `probe` gets the gradient that a bias in its place would get."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, probe: Tensor, dim: int, copy: bool) -> Tensor:
-        return x.clone() if copy else x.view_as(x)
+    def forward(x: Tensor, probe: Tensor, dim: int, overwritten: bool) -> Tensor:
+        # what autograd takes for a view must not be written to; a compiler leaves out the copy
+        return x.clone() if overwritten else x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -32,29 +33,46 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rest = [d for d in range(grad.dim()) if d != ctx.dim]
-        # twice as fast as one pass over |grad|, and ten times as fast as its norm
-        peak = torch.maximum(grad.amax(rest), -grad.amin(rest)) if rest else grad.abs()
-        return grad, peak.to(torch.float32), None, None
+        total = grad.sum(rest, dtype=torch.float32) if rest else grad.to(torch.float32)
+        return grad, total, None, None
+
+
+class _Overwritten(_Probe):
+    """The same in front of an activation that works in place: itself an operation in place, one
+    that changes nothing, so that nothing is copied."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, probe: Tensor, dim: int, overwritten: bool) -> Tensor:
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
+        ctx.dim = inputs[2]
 
 
 class Noise(nn.Module):
     """Identity on an activation's input, with `channels` on `dim`.
 
-    `copy`: hand on a copy, because what follows works in place.
+    `overwritten`: whether what follows works in place.
     """
 
     probe: Tensor
 
-    def __init__(self, channels: int, dim: int, copy: bool, device: torch.device) -> None:
+    def __init__(self, channels: int, dim: int, overwritten: bool, device: torch.device) -> None:
         super().__init__()
-        self.dim, self.copy = dim, copy
+        self.dim, self.overwritten = dim, overwritten
         self.register_buffer("probe", torch.zeros(channels, device=device), persistent=False)
         self.probe.requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return x
-        return _Probe.apply(x, self.probe, self.dim, self.copy)  # type: ignore[no-any-return, no-untyped-call]
+        eager = self.overwritten and not torch.compiler.is_compiling()
+        function = _Overwritten if eager else _Probe
+        return function.apply(x, self.probe, self.dim, self.overwritten)  # type: ignore[no-any-return, no-untyped-call]
 
     def live(self) -> Tensor | None:
         """Which channels have had a gradient since `reset`; None where nothing was recorded.
