@@ -1,6 +1,6 @@
 """The controller: how the penalty follows, and that runs land on their target, or say they do not.
 
-The full table (networks, targets, what was reached) is benchmarks/results/controller.json.
+More networks and targets: `pytest -m slow`, and `python -m benchmarks.controller`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Dense against DemP on CIFAR-10: accuracy, sizes, and the time of the whole run.
+"""Dense against DemP: accuracy, sizes, and the time of the whole run.
 
-    python -m benchmarks.cifar DATA [--recipe benchmarks/cifar_cpu.yaml] [--seeds 2]
-        [--penalties 0.005] [--out benchmarks/results/cifar_cpu.json]
+    python -m benchmarks.dense_vs_demp [RECIPE] [--data FOLDER] [--seeds 2] [--penalties 0.01]
+        [--out benchmarks/results/digits.json]
 
 The runs of one seed go on side by side, each in a process of its own with one thread, so that what
 else the machine does hits them alike. Reported are the seconds of training (batches, steps, death
@@ -43,14 +43,15 @@ def side_by_side(recipes: dict[str, dict[str, Any]], work: Path) -> dict[str, di
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "benchmarks" / "cifar_cpu.yaml")
+    parser.add_argument("recipe", type=Path, nargs="?", default=ROOT / "examples/digits.yaml")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--penalties", type=float, nargs="+")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     base = yaml.safe_load(given.recipe.read_text())
-    base["data"]["path"] = str(given.data.resolve())
+    if given.data is not None:
+        base["data"]["path"] = str(given.data.resolve())
     penalties = given.penalties or [base["demon"]["penalty"]]
     results = []
     with tempfile.TemporaryDirectory() as work:
@@ -75,7 +76,7 @@ def main() -> None:
                 results.append(run)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        del base["data"]["path"]
+        base["data"].pop("path", None)
         data = {"surroundings": surroundings(["torch"]), "recipe": base, "runs": results}
         given.out.write_text(json.dumps(data, indent=1) + "\n")
 
