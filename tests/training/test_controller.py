@@ -1,6 +1,6 @@
 """The controller: how the penalty follows, and that runs land on their target, or say they do not.
 
-More networks and targets: `pytest -m slow`, and `python -m benchmarks.controller`.
+More networks and targets: `pytest -m long`, and `python -m benchmarks.controller`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def test_a_run_lands_on_its_target_and_goes_on_well(tmp_path: Path) -> None:
     assert "channels at 60.0% of the dense network: reached" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize(("measure", "share"), [("macs", 0.35), ("params", 0.2)])
 def test_within_five_percent_or_says_that_it_cannot(

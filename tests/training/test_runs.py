@@ -92,7 +92,7 @@ def test_metrics_tell_the_story(whole: Path) -> None:
     assert [e["step"] for e in events] == [0, 5, 10, 15, 20, 25, 30, 35, 36]
     assert records[-1]["kind"] == "end"
     last = [r for r in records if r["kind"] == "epoch"][-1]
-    assert last["test_accuracy"] > 0.8
+    assert last["test_accuracy"] > 0.6  # a third by chance
 
 
 def test_the_result_computes_what_the_run_tested(whole: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path) -
     assert_same_run(folder, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
     """At random moments, writing of checkpoints and of the result included."""
     path, folder = write(tmp_path / "recipe.yaml"), tmp_path / "run"
@@ -271,7 +271,7 @@ def test_other_ways_to_train(changes: dict[str, Any], tmp_path: Path) -> None:
     figures = go(tmp_path / "run", **changes)
     assert figures["failures"] == 0
     assert figures["after"]["channels"] < figures["before"]["channels"]
-    assert figures["test_accuracy"] > 0.8
+    assert figures["test_accuracy"] > 0.6
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
@@ -336,7 +336,10 @@ def test_learning_rates(schedule: dict[str, Any], expected: dict[int, float]) ->
         ({"model": "tests.training.tiny:nothing"}, "has no `nothing`"),
         ({"model": "no_such_file.py"}, "there is no file"),
         ({"device": "cuda:17"}, "device"),
-        ({"data": {"kind": "digits"}}, "3 outputs, the data has label 9"),
+        (
+            {"data": {"kind": "digits"}, "model": "tests.training.tiny:grey"},
+            "3 outputs, the data has label 9",
+        ),
         ({"model": "tests.training.nets:Plain"}, "the model does not take the images"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A model and data for runs of a second: two classes of small noisy pictures."""
+"""A model and data for runs of a second: three classes of small noisy pictures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ CLASSES, SIZE = 3, 6
 class Tiny(nn.Module):
     """conv - norm - relu - conv - norm - relu - mean - dropout - linear."""
 
-    def __init__(self, width: int = 12) -> None:
+    def __init__(self, width: int = 12, channels: int = 2) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
         self.drop, self.head = nn.Dropout(0.1), nn.Linear(width, CLASSES)
         with torch.no_grad():
@@ -33,11 +34,15 @@ def model() -> nn.Module:
     return Tiny()
 
 
+def grey() -> nn.Module:
+    return Tiny(channels=1)
+
+
 def data() -> tuple[TensorDataset, TensorDataset]:
     """120 pictures to train and 30 to test on."""
     rng = torch.Generator().manual_seed(0)
     labels = torch.arange(150) % CLASSES
-    images = torch.randn(150, 1, SIZE, SIZE, generator=rng)
+    images = torch.randn(150, 2, SIZE, SIZE, generator=rng)
     images[torch.arange(150), 0, labels] += 2.0  # a class is a brighter row
     return (TensorDataset(images[:120], labels[:120]), TensorDataset(images[120:], labels[120:]))
 
