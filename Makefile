@@ -23,7 +23,8 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 
 demo: $(VENV)/.installed
-	$(PY) -m examples.digits
+	$(PY) -m demp_fx.cli train examples/digits.yaml --overwrite
+	@echo "open runs/digits/report.html"
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks
@@ -33,7 +34,7 @@ bench: $(VENV)/.bench
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[dev,demo]'
+	$(PIP) -e '.[dev,train]'
 	$(PIP) --no-deps torchvision timm
 	touch $@
 

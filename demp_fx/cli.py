@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from demp_fx.cli_train import report_, train
 from demp_fx.errors import DempError, EmitError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Exit codes:
   3    the model's forward could not be traced
   4    the result is not what the model computes, so it was not handed over
   5    the result could not be written
+  6    the training diverged
   130  interrupted
 """
 
@@ -203,6 +205,9 @@ def _print(what: str | RenderableType, out: Path | None = None) -> None:
         raise EmitError(f"cannot write {out}: {error}") from error
     _say(f"wrote {out}")
 
+
+main.add_command(train)
+main.add_command(report_)
 
 if __name__ == "__main__":
     main()

@@ -31,3 +31,9 @@ class EmitError(DempError):
     """The result could not be written as files."""
 
     exit_code = 5
+
+
+class DivergedError(DempError):
+    """The training diverged: the loss is no number any more."""
+
+    exit_code = 6

@@ -51,6 +51,19 @@ def load_model(spec: str) -> Loaded:
     `model.py` (its `model`: a module, or a function or class that makes one), `model.py:name` or
     `package.module:name`.
     """
+    found, home, name, place = _named(spec)
+    if not isinstance(found, nn.Module):
+        raise UsageError(f"`{name}` of {place} gives a {type(found).__name__}, not an nn.Module")
+    return Loaded(found, home, Path(place).stem if _is_file(place) else place.rpartition(".")[2])
+
+
+def load_object(spec: str) -> Any:
+    """Whatever `spec` names, in the same ways as a model; what can be called is called."""
+    return _named(spec)[0]
+
+
+def _named(spec: str) -> tuple[Any, ModuleType, str, str]:
+    """What a spec names, the module that it is from, its name, and the place of the module."""
     place, colon, name = spec.rpartition(":")
     if not colon or not name.isidentifier():
         place, name = spec, "model"
@@ -61,9 +74,7 @@ def load_model(spec: str) -> Loaded:
     if callable(found) and not isinstance(found, nn.Module):
         with _folder_of(home):
             found = _run(found, f"{name}() of {place}")
-    if not isinstance(found, nn.Module):
-        raise UsageError(f"`{name}` of {place} gives a {type(found).__name__}, not an nn.Module")
-    return Loaded(found, home, Path(place).stem if _is_file(place) else place.rpartition(".")[2])
+    return found, home, name, place
 
 
 def _is_file(place: str) -> bool:

@@ -7,10 +7,13 @@ module = narrow(graph, plan)
 verify(model, module, example_inputs)
 """
 
+from demp_fx.passes.instrument import instrument
 from demp_fx.passes.make_plan import make_plan
 from demp_fx.passes.narrow import narrow
+from demp_fx.passes.neurons import neurons
 from demp_fx.passes.observe import activations, observe
 from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.strip import strip
 from demp_fx.passes.verify import verify
 
 CATALOGUE: list[tuple[str, str]] = [
@@ -18,7 +21,21 @@ CATALOGUE: list[tuple[str, str]] = [
     ("observe", "the death test: which channels never fire on calibration data"),
     ("make_plan", "find what is dead, proven or observed, and what can be cut for it"),
     ("narrow", "carry out a plan: a physically narrower module"),
+    ("neurons", "find layers of neurons: activations, and the parameters that make them"),
+    ("instrument", "insert noise, penalty and watch nodes, as a recipe says"),
+    ("strip", "take every inserted node out again"),
     ("verify", "compare with the original in float64, in eval and train mode"),
 ]
 
-__all__ = ["CATALOGUE", "PruningPlan", "activations", "make_plan", "narrow", "observe", "verify"]
+__all__ = [
+    "CATALOGUE",
+    "PruningPlan",
+    "activations",
+    "instrument",
+    "make_plan",
+    "narrow",
+    "neurons",
+    "observe",
+    "strip",
+    "verify",
+]

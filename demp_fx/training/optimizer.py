@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from demp_fx.passes.narrow import select
 from demp_fx.passes.plan import PruningPlan
 
-Cut = tuple[dict[int, list[int]], list[list[int]] | None]
+Move = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""A parameter's successor, and what becomes of a state tensor of the parameter's rank."""
 
 
 def repoint(
@@ -22,17 +24,19 @@ def repoint(
     as the parameter was (of factored moments, the dims that they share with it). Parameters that
     `new` does not have stay where they are.
     """
-    names = {id(p): name for name, p in old.named_parameters()}
     twins = dict(new.named_parameters(remove_duplicate=False))
-    moves: dict[Tensor, tuple[Tensor, Cut]] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            twin = twins.get(names.get(id(p), ""))
-            if twin is not None:
-                name = names[id(p)]
-                moves[p] = twin, (plan.keep.get(name, {}), plan.grouped.get(name))
+    moves: dict[Tensor, Move] = {}
+    for name, p in old.named_parameters():
+        if name in twins:
+            keep, grouped = plan.keep.get(name, {}), plan.grouped.get(name)
+            moves[p] = twins[name], _slicer(p, keep, grouped)
+    follow(optimizer, moves)
+
+
+def follow(optimizer: torch.optim.Optimizer, moves: Mapping[Tensor, Move]) -> None:
+    """Exchange parameters for their successors; parameters that are not in `moves` stay."""
     state: dict[Tensor, Any] = {
-        moves[p][0]: {key: _sliced(value, p, moves[p][1]) for key, value in entries.items()}
+        moves[p][0]: {key: _moved(value, p, moves[p][1]) for key, value in entries.items()}
         for p, entries in optimizer.state.items()
         if p in moves
     }
@@ -43,10 +47,18 @@ def repoint(
         group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
 
 
-def _sliced(value: object, parameter: Tensor, cut: Cut) -> object:
-    if not isinstance(value, Tensor) or value.dim() != parameter.dim():
+def _moved(value: object, parameter: Tensor, move: Callable[[Tensor], Tensor]) -> object:
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.dim() != parameter.dim():
         return value
-    keep, grouped = cut
-    shared = {d: k for d, k in keep.items() if value.size(d) == parameter.size(d)}
-    grouped = grouped if value.shape[:2] == parameter.shape[:2] else None
-    return select(value, shared, grouped).clone() if shared or grouped else value
+    return move(value)
+
+
+def _slicer(
+    parameter: Tensor, keep: dict[int, list[int]], grouped: list[list[int]] | None
+) -> Callable[[Tensor], Tensor]:
+    def move(value: Tensor) -> Tensor:
+        shared = {d: k for d, k in keep.items() if value.size(d) == parameter.size(d)}
+        blocks = grouped if value.shape[:2] == parameter.shape[:2] else None
+        return select(value, shared, blocks).clone() if shared or blocks else value
+
+    return move

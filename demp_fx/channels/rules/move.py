@@ -52,7 +52,7 @@ def move(walk: Stream, call: Call) -> None:
     results = [apply(label) for label in value.labels]
     facts = _facts(value.facts, apply, len(call.outputs)) if walk.with_facts else None
     real: list[Tensor | None] = [None] * len(call.outputs)
-    if value.data is not None and call.op.is_view and not value.data.is_meta:
+    if value.data is not None and call.op.is_view:
         real = list(_real(call, value.data))
     for k, out in enumerate(call.outputs):
         labels = []

@@ -1,0 +1,71 @@
+"""The controller on the digits: three networks, two targets each, and where the runs end.
+
+    python -m benchmarks.controller [--out benchmarks/results/controller.json]
+
+528 steps each, of which the span is 80 %; the first penalty is a guess of its order of magnitude.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import surroundings
+from demp_fx.recipe import Measure
+from demp_fx.training.config import RunConfig
+from demp_fx.training.metrics import read
+from demp_fx.training.runs import Run
+
+NETWORKS = {
+    "resnet": ("examples/digits.py:ResNet", 1e-2),
+    "vgg": ("examples/vgg.py:for_digits", 1e-2),
+    "mlp": ("examples/digits.py:MLP", 1e-4),
+}
+TARGETS: tuple[tuple[Measure, float], ...] = (("macs", 0.35), ("params", 0.2))
+
+
+def run(folder: Path, name: str, measure: Measure, share: float) -> dict[str, Any]:
+    """The figures of one run."""
+    model, penalty = NETWORKS[name]
+    config = RunConfig.from_dict({
+        "model": model, "data": {"kind": "digits"}, "optimizer": {"name": "sgd", "lr": 0.1},
+        "schedule": {"name": "onecycle"}, "batch": 64, "epochs": 24, "threads": 1,
+        "probe": {"batches": 2, "size": 256},
+        "demon": {"penalty": penalty, "span": "80%", "prune_every": 22,
+                  "target": {measure: share}},
+    })  # fmt: skip
+    figures = Run(config, folder, say=lambda text: None).go()
+    events = [r for r in read(folder) if r["kind"] == "event"]
+    return {
+        "network": name, "measure": measure, "target": share,
+        "left": figures["after"][measure] / figures["before"][measure],
+        "verdict": figures["target"], "test_accuracy": figures["test_accuracy"],
+        "steps": figures["steps"],
+        "trajectory": [[e["step"], e["aim"], e["size"][measure] / figures["before"][measure],
+                        e["penalty"]] for e in events],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as work:
+        for name in NETWORKS:
+            for measure, share in TARGETS:
+                found = run(Path(work) / f"{name}-{measure}", name, measure, share)
+                print(f"{name:<8}{found['verdict']}, accuracy {found['test_accuracy']:.4f}",
+                      flush=True)  # fmt: skip
+                results.append(found)
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        data = {"surroundings": surroundings(["torch"]), "runs": results}
+        given.out.write_text(json.dumps(data) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What inserted nodes run: noise, penalty, watch. Identities, all of them; they know nobody."""

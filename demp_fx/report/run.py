@@ -1,0 +1,170 @@
+"""The report of a run: figures as a table, and a page with pictures that stands on its own."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from demp_fx.errors import EmitError, UsageError
+from demp_fx.report import plots
+
+Record = dict[str, Any]
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem }}
+body {{ margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} svg {{ max-width: 100%; height: auto }}
+td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
+td:first-child, th:first-child {{ text-align: left }} pre {{ background: #f5f5f5; padding: 1rem }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+class RunRecords:
+    """What a run left behind: its recipe, its records by kind, its figures (if it has ended)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            self.recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{folder} holds no run: {error}") from error
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a killed process
+                continue
+        self.steps = [r for r in records if r["kind"] == "step"]
+        self.epochs = [r for r in records if r["kind"] == "epoch"]
+        self.events = [r for r in records if r["kind"] == "event"]
+        self.compiling = sum(r["seconds"] for r in records if r["kind"] == "compile")
+        ends = [r for r in records if r["kind"] == "end"]
+        self.end: Record | None = ends[-1] if ends else None
+
+    @property
+    def before(self) -> dict[str, int]:
+        """Sizes of the dense network."""
+        if self.end is not None and "before" in self.end:
+            return dict(self.end["before"])
+        return dict(self.events[0]["size"]) if self.events else {}
+
+
+def summary(run: RunRecords) -> RenderableType:
+    """The figures of a run as a table for the terminal."""
+    table = Table(title=str(run.folder), title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "now", "left"):
+        table.add_column(heading, justify="right")
+    for row in _size_rows(run):
+        table.add_row(*row)
+    for name, value in _figures(run):
+        table.add_row(name, "", value, "")
+    return table
+
+
+def _size_rows(run: RunRecords) -> Iterable[tuple[str, str, str, str]]:
+    if run.events:
+        now = run.events[-1]["size"] if run.end is None else run.end["after"]
+        for key, name in (("params", "parameters"), ("macs", "MACs"), ("channels", "channels")):
+            before, after = run.before[key], now[key]
+            yield name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"
+
+
+def _figures(run: RunRecords) -> Iterable[tuple[str, str]]:
+    if run.end is None:
+        yield "state", "has not ended"
+    last: Record = run.end or (run.epochs[-1] if run.epochs else {})
+    if last:
+        yield "test accuracy", f"{last['test_accuracy']:.2%}"
+        yield "steps", f"{run.end['steps'] if run.end else last['step']:,}"
+        yield "seconds", f"{last['seconds']:.1f}"
+    if run.events:
+        pruning = sum(sum(e["seconds"].values()) for e in run.events)
+        yield "of them checking and narrowing", f"{pruning:.1f}"
+        if run.compiling:
+            yield "of them compiling anew", f"{run.compiling:.1f}"
+        yield "death checks", str(len(run.events))
+        failed = sum(e["failure"] is not None for e in run.events)
+        if failed:
+            yield "narrowings undone", str(failed)
+    if run.end is not None and run.end.get("target"):
+        yield "target", run.end["target"]
+
+
+def write(run: RunRecords) -> Path:
+    """Write report.html into the run's folder, with every picture in it. Returns its path."""
+    try:
+        body = "\n".join(_sections(run))
+    except ImportError as error:
+        raise UsageError(f"pictures take matplotlib: pip install matplotlib ({error})") from error
+    path = run.folder / "report.html"
+    title = f"demp_fx: {run.folder.name}"
+    try:
+        path.write_text(_PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+    except OSError as error:
+        raise EmitError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def _sections(run: RunRecords) -> Iterable[str]:
+    rows = [*_size_rows(run), *((name, "", value, "") for name, value in _figures(run))]
+    yield _table(("", "dense", "now", "left"), rows)
+    if run.steps and run.epochs:
+        yield _section("Loss and accuracy", plots.learning(run.steps, run.epochs))
+    if run.events:
+        first = _dense_widths(run)
+        yield _section("Channels that died, by layer", plots.deaths(run.events, first))
+        if run.steps:
+            yield _section("Work and time of a step", plots.work(run.steps, run.events, run.before))
+            yield _section("Pressure", plots.pressure(run.steps))
+        if run.events[-1].get("aim") is not None and run.end is not None:
+            measure, share = run.end["aimed_at"]
+            yield _section(
+                "The way to the target",
+                plots.trajectory(run.events, measure, share, run.before[measure]),
+            )
+        yield _section("Widths before and after", plots.widths(first, run.events[-1]["widths"]))
+        yield "<h2>Death checks</h2>" + _table(
+            ("step", "dead", "removed", "parameters", "MACs", "lambda", "seconds", "failure"),
+            [_event_row(e) for e in run.events],
+        )
+    yield f"<h2>Recipe</h2><pre>{html.escape(run.recipe)}</pre>"
+
+
+def _dense_widths(run: RunRecords) -> dict[str, int]:
+    if run.end is not None and "widths" in run.end:
+        return {name: width for name, (width, _) in run.end["widths"].items()}
+    first = run.events[0]
+    return {n: w + first["removed"].get(n, 0) for n, w in first["widths"].items()}
+
+
+def _event_row(event: Record) -> tuple[str, ...]:
+    return (
+        str(event["step"]), str(sum(event["dead"].values())), str(sum(event["removed"].values())),
+        f"{event['size']['params']:,}", f"{event['size']['macs']:,}", f"{event['penalty']:.3g}",
+        f"{sum(event['seconds'].values()):.2f}", event["failure"] or "",
+    )  # fmt: skip
+
+
+def _section(title: str, svg: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>\n{svg}"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
