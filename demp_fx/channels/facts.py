@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 EVAL, TRAIN = 0, 1
+FEW = 16  # fewer slices than one in so many are picked out, more are read with the whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class Facts:
         known = torch.ones_like(numbers, dtype=torch.bool)
         values = numbers.expand(2, *numbers.shape)
         return cls(known, values, torch.zeros_like(known, dtype=torch.int64))
+
+    @classmethod
+    def of_rows(cls, weight: Tensor) -> Facts | None:
+        """The rows (dim 0) of a weight that are all zero."""
+        empty = empty_slices(weight, 0)
+        if empty is None:
+            return None
+        found = cls.of(empty, torch.zeros(2, empty.numel(), dtype=torch.float64))
+        return None if found is None else found.spread(weight.dim(), 0)
 
     @property
     def zero(self) -> Tensor:
@@ -121,3 +131,30 @@ def same_place(facts: list[Facts]) -> list[Facts]:
     facts = [f.aligned(rank) for f in facts]
     shape = torch.broadcast_shapes(*(f.known.shape for f in facts))
     return [f.map(lambda t: t.expand(shape)) for f in facts]
+
+
+def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
+    """Which slices of a weight along `dim` are all zero; None where none is.
+
+    Two numbers of each slice are looked at first, so that a dense weight costs next to nothing;
+    where many could be empty, the whole is read once, in the order of its memory.
+    """
+    if weight.is_meta or weight.numel() == 0:
+        return None
+    slices = weight.movedim(dim, 0)
+    blank = torch.ones(slices.size(0), dtype=torch.bool, device=weight.device)
+    for end in (0, -1):
+        corner = slices
+        while corner.dim() > 1:
+            corner = corner.select(1, end)
+        blank &= corner == 0
+    index = blank.nonzero().reshape(-1)
+    if index.numel() == 0:
+        return None
+    others = [d for d in range(weight.dim()) if d != dim % weight.dim()]
+    if others and weight.is_floating_point() and index.numel() * FEW > blank.numel():
+        empty = (weight.amax(others) == 0) & (weight.amin(others) == 0)
+    else:
+        empty = torch.zeros_like(blank)
+        empty[index] = ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1)
+    return empty.cpu() if bool(empty.any()) else None

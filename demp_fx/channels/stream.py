@@ -180,8 +180,10 @@ class Stream(TorchDispatchMode):
             for d, n in enumerate(tensor.shape)
             if n > 1
         )
-        vector = self.with_facts and rank == 1 and real.is_floating_point() and not real.is_meta
-        value = self.params[name] = Value(labels, None, real.detach(), 0, vector)
+        read = self.with_facts and real.is_floating_point() and not real.is_meta
+        value = self.params[name] = Value(
+            labels, None, real.detach(), 0, vector=read and rank == 1, matrix=read and rank > 1
+        )
         return value
 
     def give(

@@ -20,7 +20,7 @@ class Value:
     """What the walk knows of one tensor.
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
-    are its numbers, read when they are asked for.
+    are its numbers, read when they are asked for; `matrix`: they are the rows that are all zero.
     """
 
     labels: Labels = ()
@@ -28,11 +28,14 @@ class Value:
     data: Tensor | None = None
     version: int = 0
     vector: bool = False
+    matrix: bool = False
 
     @property
     def facts(self) -> Facts | None:
         if self.vector and self.known is None and self.data is not None:
             self.known = Facts.exactly(self.data)
+        if self.matrix and self.known is None and self.data is not None:
+            self.matrix, self.known = False, Facts.of_rows(self.data)
         return self.known
 
 

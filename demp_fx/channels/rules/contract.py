@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import outer_to_inner, rows_of
+from demp_fx.channels.facts import empty_slices
 from demp_fx.channels.labels import along, moved, varying
-from demp_fx.channels.rules.known import constants, empty_slices, zero_at
+from demp_fx.channels.rules.known import constants, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Fold, Read

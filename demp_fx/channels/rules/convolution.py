@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.facts import Facts, empty_slices
 from demp_fx.channels.labels import along, varying
 from demp_fx.channels.rules.contract import Keyed, add_bias, meet
-from demp_fx.channels.rules.known import empty_slices, offset_of, zero_at
+from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
 from demp_fx.channels.system import Blocks, Grouping, Read

@@ -5,39 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.facts import Facts, empty_slices
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Stream
 from demp_fx.channels.system import Read
-
-FEW = 16  # fewer slices than one in so many are picked out, more are read with the whole
-
-
-def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
-    """Which slices of a weight along `dim` are all zero; None where none is.
-
-    Two numbers of each slice are looked at first, so that a dense weight costs next to nothing;
-    where many could be empty, the whole is read once, in the order of its memory.
-    """
-    if weight.is_meta or weight.numel() == 0:
-        return None
-    slices = weight.movedim(dim, 0)
-    blank = torch.ones(slices.size(0), dtype=torch.bool, device=weight.device)
-    for end in (0, -1):
-        corner = slices
-        while corner.dim() > 1:
-            corner = corner.select(1, end)
-        blank &= corner == 0
-    index = blank.nonzero().reshape(-1)
-    if index.numel() == 0:
-        return None
-    others = [d for d in range(weight.dim()) if d != dim % weight.dim()]
-    if others and weight.is_floating_point() and index.numel() * FEW > blank.numel():
-        empty = (weight.amax(others) == 0) & (weight.amin(others) == 0)
-    else:
-        empty = torch.zeros_like(blank)
-        empty[index] = ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1)
-    return empty.cpu() if bool(empty.any()) else None
 
 
 def constants(
@@ -50,6 +21,8 @@ def constants(
     weight = walk.value(b.tensor).data
     if weight is None and summed is not None and bias is None:
         return _annihilated(walk, (a, b), result)
+    if weight is None and kept is not None:
+        return _silent_filters(walk, b, kept, result, bias)
     if summed is None or kept is None or weight is None or weight.is_meta:
         return None
     letters = b.letters
@@ -65,6 +38,20 @@ def constants(
         before = before.along(a.letters.find(summed), size)
     facts = outputs_known(weight, before, offset_of(walk, bias, weight.size(0)), padded)
     return None if facts is None else facts.spread(len(result), result.find(kept))
+
+
+def _silent_filters(
+    walk: Stream, b: Operand, kept: str, result: str, bias: Tensor | None
+) -> Facts | None:
+    """Filters of a computed weight that are known to be zero: their outputs are the bias."""
+    facts = walk.value(b.tensor).facts
+    size = b.tensor.size(b.dim(kept))
+    offset = offset_of(walk, bias, size)
+    if facts is None or offset is None:
+        return None
+    zero = facts.aligned(len(b.letters)).zero.movedim(b.dim(kept), 0).flatten(1).all(1)
+    found = Facts.of(zero.expand(size), offset.expand(2, -1))
+    return None if found is None else found.spread(len(result), result.find(kept))
 
 
 def _annihilated(walk: Stream, operands: tuple[Operand, Operand], result: str) -> Facts | None:

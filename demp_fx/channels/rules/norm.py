@@ -24,12 +24,13 @@ def batch_norm(walk: Stream, call: Call) -> None:
     x, out = call.args[0], call.outputs[0]
     rank = x.dim()
     merged: dict[tuple[int, ...], Tensor] = {}
+    mixed: list[Tensor] = []
     for label in walk.value(x).labels:
         others = tuple(d for d in varying(label) if d != 1)
         if 1 not in varying(label):
             walk.opens = True
             walk.pin(call, label, "its statistics are over channels", (label,))
-            merged[varying(label)] = label
+            mixed.append(label)
             continue
         line = walk.tie(label, others, call)
         if varying(line) in merged:
@@ -44,7 +45,7 @@ def batch_norm(walk: Stream, call: Call) -> None:
                 walk.system.same(merged[(1,)], label, call.site)
             elif x.size(1) > 1:
                 walk.pin(call, label, "normalises channels that no parameter makes")
-    labels: Labels = tuple(merged.values())
+    labels: Labels = (*merged.values(), *mixed)
     facts = _constants(walk, call) if walk.with_facts else None
     walk.give(out, labels, None if facts is None else facts.spread(rank, 1))
 
