@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 
 from demp_fx.channels.custom import written
-from demp_fx.channels.rules import contract, convolution, couple, move, norm, pointwise
+from demp_fx.channels.rules import contract, convolution, couple, join, move, norm, pick, pointwise
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
 RULES: dict[str, Rule] = {
     **move.RULES,
+    **join.RULES,
+    **pick.RULES,
     **pointwise.RULES,
     **contract.RULES,
     **convolution.RULES,
@@ -22,7 +24,7 @@ RULES: dict[str, Rule] = {
     **couple.RULES,
 }
 SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    **move.SHAPES,
+    **join.SHAPES,
     **pointwise.SHAPES,
     **contract.SHAPES,
     **convolution.SHAPES,

@@ -7,16 +7,16 @@ walk then looks for one `index_select` that does the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from demp_fx.channels.blocks import nested, rows_of
-from demp_fx.channels.facts import Facts, same_place
+from demp_fx.channels.blocks import nested
+from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, reshaped, varying
-from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
 RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
@@ -116,12 +116,12 @@ def _facts(
     known, profile = apply(facts.known), apply(facts.profile)
     values = [apply(facts.values[mode]) for mode in (0, 1)]
     return [
-        _compressed(Facts(known[k], torch.stack([values[0][k], values[1][k]]), profile[k]))
+        compressed(Facts(known[k], torch.stack([values[0][k], values[1][k]]), profile[k]))
         for k in range(count)
     ]
 
 
-def _compressed(facts: Facts) -> Facts:
+def compressed(facts: Facts) -> Facts:
     """Size 1 along every dim where no fact varies."""
     for d in range(facts.known.dim()):
         if facts.known.size(d) > 1:
@@ -138,120 +138,6 @@ def _compressed(facts: Facts) -> Facts:
 def _real(call: Call, data: Tensor) -> list[Tensor]:
     result = call.op(data, *call.args[1:], **call.kwargs)
     return [result] if isinstance(result, Tensor) else list(result)
-
-
-def cat(walk: Stream, call: Call) -> None:
-    """Join labels along the dim of the join; a piece without any leaves its places bare (0)."""
-    tensors, out = call.tensors, call.outputs[0]
-    tensors = [t for t in tensors if t.dim() == out.dim()]
-    dim = (call.arg("dim") or 0) % out.dim()
-    keys = {varying(label) for t in tensors for label in walk.value(t).labels}
-    for t in tensors:  # a dim that two axes were merged into has two labels, a join has one
-        found = [varying(label) for label in walk.value(t).labels]
-        for label in walk.value(t).labels:
-            if found.count(varying(label)) > 1:
-                walk.pin(call, label, "is joined with channels of another axis merged in")
-    labels = []
-    for key in sorted(keys):
-        pieces = [_piece(walk, t, key) for t in tensors]
-        if dim in key:
-            labels.append(_join(pieces, tensors, dim))
-            if len(key) > 1:
-                _same_rows(walk, call, pieces, tuple(d for d in key if d != dim))
-            continue
-        full = [p for p in pieces if p.numel() > 1]
-        for p in pieces:
-            if p.numel() == 1:
-                walk.pin(call, full[0], "is joined with channels that no parameter makes")
-            else:
-                walk.system.same(full[0], p, call.site)
-        labels.append(full[0])
-    facts = _joined_facts(walk, tensors, dim) if walk.with_facts else None
-    walk.give(out, tuple(labels), facts)
-
-
-def stack(walk: Stream, call: Call) -> None:
-    """Values beside each other on a new dim: what is at one place in each of them is one."""
-    tensors, out = call.tensors, call.outputs[0]
-    dim = (call.arg("dim") or 0) % out.dim()
-    labels: dict[tuple[int, ...], Tensor] = {}
-    for key in sorted({varying(label) for t in tensors for label in walk.value(t).labels}):
-        pieces = [_piece(walk, t, key) for t in tensors]
-        full = next(p for p in pieces if p.numel() > 1)
-        labels[key] = full.unsqueeze(dim)
-        for p in pieces:
-            if p.numel() == 1:
-                walk.pin(call, full, "is joined with channels that no parameter makes")
-            else:
-                walk.system.same(full, p, call.site)
-    found = [walk.value(t).facts for t in tensors]
-    agree = all(f is not None and found[0] is not None and f.same_as(found[0]) for f in found)
-    facts = _stacked_facts(found, out.dim() - 1, dim) if walk.with_facts else None
-    walk.splits |= any(f is not None for f in found) and not agree
-    walk.give(out, tuple(labels.values()), facts)
-
-
-def _same_rows(walk: Stream, call: Call, pieces: list[Tensor], dims: tuple[int, ...]) -> None:
-    """Blocks that are joined side by side: they go together."""
-    if any(varying(p) != varying(pieces[0]) for p in pieces):
-        for p in pieces:
-            walk.pin(call, p, "is joined with channels that no parameter makes")
-        return
-    rows = [rows_of(p, dims) for p in pieces]
-    gate = walk.rows(torch.stack([r[:, 0] for r in rows], 1))
-    for row in rows:
-        walk.link(row, gate, call.site)
-
-
-def _piece(walk: Stream, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
-    for label in walk.value(tensor).labels:
-        if varying(label) == key:
-            return label
-    return torch.zeros((1,) * tensor.dim(), dtype=torch.int64)
-
-
-def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
-    rank = tensors[0].dim()
-    shape = [max(p.size(d) for p in pieces) for d in range(rank)]
-    full = [
-        p.expand(*shape[:dim], t.size(dim), *shape[dim + 1 :])
-        for p, t in zip(pieces, tensors, strict=True)
-    ]
-    return torch.cat(full, dim)
-
-
-def _stacked_facts(found: list[Facts | None], rank: int, dim: int) -> Facts | None:
-    known = [f for f in found if f is not None]
-    if not known:
-        return None
-    filled = same_place([_unknown(rank) if f is None else f.aligned(rank) for f in found])
-    values = torch.stack([torch.stack([f.values[m] for f in filled], dim) for m in (0, 1)])
-    return _compressed(
-        Facts(
-            torch.stack([f.known for f in filled], dim), values,
-            torch.stack([f.profile for f in filled], dim),
-        )
-    )  # fmt: skip
-
-
-def _unknown(rank: int) -> Facts:
-    """Facts of a tensor of which nothing is known."""
-    blank = torch.zeros((1,) * rank)
-    return Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
-
-
-def _joined_facts(walk: Stream, tensors: list[Tensor], dim: int) -> Facts | None:
-    found = [walk.value(t).facts for t in tensors]
-    if all(f is None for f in found):
-        return None
-    rank = tensors[0].dim()
-    filled = [_unknown(rank) if f is None else f.aligned(rank) for f in found]
-
-    def join(read: Callable[[Facts], Tensor]) -> Tensor:
-        return _join([read(f) for f in filled], tensors, dim)
-
-    values = torch.stack([join(lambda f, m=m: f.values[m]) for m in (0, 1)])  # type: ignore[misc]
-    return Facts(join(lambda f: f.known), values, join(lambda f: f.profile))
 
 
 def pad(walk: Stream, call: Call) -> None:
@@ -274,37 +160,6 @@ def pad(walk: Stream, call: Call) -> None:
     walk.give(out, tuple(labels), kept)
 
 
-def index(walk: Stream, call: Call) -> None:
-    """`x[..., numbers]`: known numbers pick channels as they pick anything; others keep them."""
-    x = call.args[0]
-    given = call.args[1] if isinstance(call.args[1], (list, tuple)) else None
-    picks = [call.args[2]] if given is None else [i for i in given if i is not None]
-    dims = [call.args[1] % x.dim()] if given is None else _indexed(given)
-    numbers = [_content(walk, i) for i in picks]
-    for i in picks:
-        for label in walk.value(i).labels:
-            walk.pin(call, label, STRUCTURE)
-    labels = walk.value(x).labels
-    unknown = any(n is None for n in numbers)
-    if unknown or walk.value(x).data is not None:  # what is looked up in a table is no channel
-        for label in labels:
-            if set(varying(label)) & set(dims):
-                walk.pin(call, label, "its rows are looked up")
-        labels = tuple(t for t in labels if not set(varying(t)) & set(dims))
-    if unknown:
-        numbers = [torch.zeros(i.shape, dtype=torch.int64) for i in picks]
-    feed = iter(numbers)
-    args: tuple[Any, ...] = (x, call.args[1], numbers[0])
-    if given is not None and len(picks) == 1 and numbers[0] is not None and picks[0].dim() == 1:
-        args = (x, dims[0], numbers[0])
-    elif given is not None:
-        args = (x, [None if i is None else next(feed) for i in given])
-    before = walk.value(x)
-    walk.relabel(x, labels)
-    move(walk, Call(call.op, args, {}, call.out, call.site))
-    x.__dict__["demp"] = before
-
-
 def pixel_shuffle(walk: Stream, call: Call) -> None:
     """Some channels next to each other become the places of one: they go together."""
     move(walk, call)
@@ -318,24 +173,6 @@ def pixel_shuffle(walk: Stream, call: Call) -> None:
     for x in labels:
         if x.numel() == 1:
             walk.pin(call, x, "a single channel is made")
-
-
-def _indexed(given: Sequence[Tensor | None]) -> list[int]:
-    """Which dims a list of indices is about; a mask takes as many as it has."""
-    dims, at = [], 0
-    for i in given:
-        width = i.dim() if i is not None and i.dtype == torch.bool else 1
-        dims += list(range(at, at + width)) if i is not None else []
-        at += width
-    return dims
-
-
-def _content(walk: Stream, numbers: Tensor) -> Tensor | None:
-    """The numbers in an index, where they do not depend on the input."""
-    real = walk.value(numbers).data
-    if real is None and not numbers.is_meta:
-        real = numbers
-    return None if real is None or real.is_meta or real.dtype == torch.bool else real.cpu()
 
 
 def _restride(walk: Stream, call: Call) -> None:
@@ -352,38 +189,16 @@ def _restride(walk: Stream, call: Call) -> None:
         walk.give(out, value.labels, value.facts, moved=True)
 
 
-RULES: dict[str, Rule] = {
-    "aten::cat": cat,
-    "aten::stack": stack,
-    "aten::index": index,
-    "aten::index_select": index,
-    "aten::constant_pad_nd": pad,
-    **dict.fromkeys(REARRANGE, move),
-    "aten::pixel_shuffle": pixel_shuffle,
-    "aten::as_strided_": _restride,
-    "aten::as_strided": lambda walk, call: _refuse(walk, call),
-}
-
-
 def _refuse(walk: Stream, call: Call) -> None:
     for label in walk.value(call.tensors[0]).labels:
         walk.pin(call, label, f"{call.op._schema.name} looks through the memory")
     walk.give(call.outputs[0], ())
 
 
-def _cat_shape(args: tuple[Any, ...]) -> Tensor:
-    """The sizes of a join, without the long way through its decomposition."""
-    tensors, dim = args[0], args[1] if len(args) > 1 else 0
-    first = tensors[0]
-    rest = [t.shape[:dim] + t.shape[dim:][1:] for t in tensors] if dim >= 0 else []
-    if any(r != rest[0] or t.dtype != first.dtype for r, t in zip(rest, tensors, strict=False)):
-        rest = []
-    if not rest or not all(t.is_meta and t.is_contiguous() for t in tensors):
-        result: Tensor = torch.ops.aten.cat.default(*args)
-        return result
-    shape = list(first.shape)
-    shape[dim] = sum(t.size(dim) for t in tensors)
-    return torch.empty(shape, dtype=first.dtype, device="meta")
-
-
-SHAPES: dict[torch._ops.OpOverload, Shape] = {torch.ops.aten.cat.default: _cat_shape}
+RULES: dict[str, Rule] = {
+    "aten::constant_pad_nd": pad,
+    **dict.fromkeys(REARRANGE, move),
+    "aten::pixel_shuffle": pixel_shuffle,
+    "aten::as_strided_": _restride,
+    "aten::as_strided": _refuse,
+}

@@ -1,0 +1,151 @@
+"""Tensors put together: beside each other along a dim, or on a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.blocks import rows_of
+from demp_fx.channels.facts import Facts, same_place
+from demp_fx.channels.labels import varying
+from demp_fx.channels.rules.move import compressed
+from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.value import Call
+
+
+def cat(walk: Stream, call: Call) -> None:
+    """Join labels along the dim of the join; a piece without any leaves its places bare (0)."""
+    tensors, out = call.tensors, call.outputs[0]
+    tensors = [t for t in tensors if t.dim() == out.dim()]
+    dim = (call.arg("dim") or 0) % out.dim()
+    keys = {varying(label) for t in tensors for label in walk.value(t).labels}
+    for t in tensors:  # a dim that two axes were merged into has two labels, a join has one
+        found = [varying(label) for label in walk.value(t).labels]
+        for label in walk.value(t).labels:
+            if found.count(varying(label)) > 1:
+                walk.pin(call, label, "is joined with channels of another axis merged in")
+    labels = []
+    for key in sorted(keys):
+        pieces = [_piece(walk, t, key) for t in tensors]
+        if dim in key:
+            labels.append(_join(pieces, tensors, dim))
+            if len(key) > 1:
+                _same_rows(walk, call, pieces, tuple(d for d in key if d != dim))
+            continue
+        full = [p for p in pieces if p.numel() > 1]
+        for p in pieces:
+            if p.numel() == 1:
+                walk.pin(call, full[0], "is joined with channels that no parameter makes")
+            else:
+                walk.system.same(full[0], p, call.site)
+        labels.append(full[0])
+    facts = _joined_facts(walk, tensors, dim) if walk.with_facts else None
+    walk.give(out, tuple(labels), facts)
+
+
+def stack(walk: Stream, call: Call) -> None:
+    """Values beside each other on a new dim: what is at one place in each of them is one."""
+    tensors, out = call.tensors, call.outputs[0]
+    dim = (call.arg("dim") or 0) % out.dim()
+    labels: dict[tuple[int, ...], Tensor] = {}
+    for key in sorted({varying(label) for t in tensors for label in walk.value(t).labels}):
+        pieces = [_piece(walk, t, key) for t in tensors]
+        full = next(p for p in pieces if p.numel() > 1)
+        labels[key] = full.unsqueeze(dim)
+        for p in pieces:
+            if p.numel() == 1:
+                walk.pin(call, full, "is joined with channels that no parameter makes")
+            else:
+                walk.system.same(full, p, call.site)
+    found = [walk.value(t).facts for t in tensors]
+    agree = all(f is not None and found[0] is not None and f.same_as(found[0]) for f in found)
+    facts = _stacked_facts(found, out.dim() - 1, dim) if walk.with_facts else None
+    walk.splits |= any(f is not None for f in found) and not agree
+    walk.give(out, tuple(labels.values()), facts)
+
+
+def _same_rows(walk: Stream, call: Call, pieces: list[Tensor], dims: tuple[int, ...]) -> None:
+    """Blocks that are joined side by side: they go together."""
+    if any(varying(p) != varying(pieces[0]) for p in pieces):
+        for p in pieces:
+            walk.pin(call, p, "is joined with channels that no parameter makes")
+        return
+    rows = [rows_of(p, dims) for p in pieces]
+    gate = walk.rows(torch.stack([r[:, 0] for r in rows], 1))
+    for row in rows:
+        walk.link(row, gate, call.site)
+
+
+def _piece(walk: Stream, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
+    for label in walk.value(tensor).labels:
+        if varying(label) == key:
+            return label
+    return torch.zeros((1,) * tensor.dim(), dtype=torch.int64)
+
+
+def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
+    rank = tensors[0].dim()
+    shape = [max(p.size(d) for p in pieces) for d in range(rank)]
+    full = [
+        p.expand(*shape[:dim], t.size(dim), *shape[dim + 1 :])
+        for p, t in zip(pieces, tensors, strict=True)
+    ]
+    return torch.cat(full, dim)
+
+
+def _stacked_facts(found: list[Facts | None], rank: int, dim: int) -> Facts | None:
+    known = [f for f in found if f is not None]
+    if not known:
+        return None
+    filled = same_place([_unknown(rank) if f is None else f.aligned(rank) for f in found])
+    values = torch.stack([torch.stack([f.values[m] for f in filled], dim) for m in (0, 1)])
+    return compressed(
+        Facts(
+            torch.stack([f.known for f in filled], dim), values,
+            torch.stack([f.profile for f in filled], dim),
+        )
+    )  # fmt: skip
+
+
+def _unknown(rank: int) -> Facts:
+    """Facts of a tensor of which nothing is known."""
+    blank = torch.zeros((1,) * rank)
+    return Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
+
+
+def _joined_facts(walk: Stream, tensors: list[Tensor], dim: int) -> Facts | None:
+    found = [walk.value(t).facts for t in tensors]
+    if all(f is None for f in found):
+        return None
+    rank = tensors[0].dim()
+    filled = [_unknown(rank) if f is None else f.aligned(rank) for f in found]
+
+    def join(read: Callable[[Facts], Tensor]) -> Tensor:
+        return _join([read(f) for f in filled], tensors, dim)
+
+    values = torch.stack([join(lambda f, m=m: f.values[m]) for m in (0, 1)])  # type: ignore[misc]
+    return Facts(join(lambda f: f.known), values, join(lambda f: f.profile))
+
+
+RULES: dict[str, Rule] = {"aten::cat": cat, "aten::stack": stack}
+
+
+def _cat_shape(args: tuple[Any, ...]) -> Tensor:
+    """The sizes of a join, without the long way through its decomposition."""
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    first = tensors[0]
+    rest = [t.shape[:dim] + t.shape[dim:][1:] for t in tensors] if dim >= 0 else []
+    if any(r != rest[0] or t.dtype != first.dtype for r, t in zip(rest, tensors, strict=False)):
+        rest = []
+    if not rest or not all(t.is_meta and t.is_contiguous() for t in tensors):
+        result: Tensor = torch.ops.aten.cat.default(*args)
+        return result
+    shape = list(first.shape)
+    shape[dim] = sum(t.size(dim) for t in tensors)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+SHAPES: dict[torch._ops.OpOverload, Shape] = {torch.ops.aten.cat.default: _cat_shape}

@@ -1,0 +1,66 @@
+"""Indices: numbers that are known pick channels as they pick anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.labels import varying
+from demp_fx.channels.rules.move import move
+from demp_fx.channels.stream import STRUCTURE, Rule, Stream
+from demp_fx.channels.value import Call
+
+
+def index(walk: Stream, call: Call) -> None:
+    """`x[..., numbers]`: known numbers pick channels as they pick anything; others keep them."""
+    x = call.args[0]
+    given = call.args[1] if isinstance(call.args[1], (list, tuple)) else None
+    picks = [call.args[2]] if given is None else [i for i in given if i is not None]
+    dims = [call.args[1] % x.dim()] if given is None else _indexed(given)
+    numbers = [_content(walk, i) for i in picks]
+    for i in picks:
+        for label in walk.value(i).labels:
+            walk.pin(call, label, STRUCTURE)
+    labels = walk.value(x).labels
+    unknown = any(n is None for n in numbers)
+    if unknown or walk.value(x).data is not None:  # what is looked up in a table is no channel
+        for label in labels:
+            if set(varying(label)) & set(dims):
+                walk.pin(call, label, "its rows are looked up")
+        labels = tuple(t for t in labels if not set(varying(t)) & set(dims))
+    if unknown:
+        numbers = [torch.zeros(i.shape, dtype=torch.int64) for i in picks]
+    feed = iter(numbers)
+    args: tuple[Any, ...] = (x, call.args[1], numbers[0])
+    if given is not None and len(picks) == 1 and numbers[0] is not None and picks[0].dim() == 1:
+        args = (x, dims[0], numbers[0])
+    elif given is not None:
+        args = (x, [None if i is None else next(feed) for i in given])
+    before = walk.value(x)
+    walk.relabel(x, labels)
+    move(walk, Call(call.op, args, {}, call.out, call.site))
+    x.__dict__["demp"] = before
+
+
+def _indexed(given: Sequence[Tensor | None]) -> list[int]:
+    """Which dims a list of indices is about; a mask takes as many as it has."""
+    dims, at = [], 0
+    for i in given:
+        width = i.dim() if i is not None and i.dtype == torch.bool else 1
+        dims += list(range(at, at + width)) if i is not None else []
+        at += width
+    return dims
+
+
+def _content(walk: Stream, numbers: Tensor) -> Tensor | None:
+    """The numbers in an index, where they do not depend on the input."""
+    real = walk.value(numbers).data
+    if real is None and not numbers.is_meta:
+        real = numbers
+    return None if real is None or real.is_meta or real.dtype == torch.bool else real.cpu()
+
+
+RULES: dict[str, Rule] = {"aten::index": index, "aten::index_select": index}
