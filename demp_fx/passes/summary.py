@@ -91,6 +91,7 @@ def _pinned(walk: Walk, solution: Solution) -> list[Pinned]:
         Pinned(reason=pin.reason, op=pin.op, node=pin.node, source=pin.source,
                members=[f"{m.name}[{m.dim}]" for m in group.members], channels=pin.channels)
         for group in groups
+        if group.members
         for pin in group.pins
     ]  # fmt: skip
 
