@@ -30,8 +30,9 @@ def _data(graph: GroupGraph) -> dict[str, Any]:
         "width": placed.width, "height": placed.height, "box": [BOX_WIDTH, BOX_HEIGHT],
         "nodes": [
             {"name": n.name, "label": _label(n), "kind": n.kind, "module": n.module,
-             "shape": n.shape, "joins": n.joins, "groups": list(n.groups.items()), "line": short(n.source),
-             "x": placed.places[n.name].x, "y": placed.places[n.name].y}
+             "shape": n.shape, "joins": n.joins, "groups": list(n.groups.items()),
+             "line": short(n.source), "x": placed.places[n.name].x,
+             "y": placed.places[n.name].y}
             for n in graph.nodes
         ],
         "wires": [[number[w.source], number[w.target], w.lane] for w in placed.wires],
