@@ -27,25 +27,38 @@ class DependencyGraph:
     """Pruning groups of a network and how they feed each other.
 
     `groups`: first those of parameters, then those of values that no parameter is tied to, such as
-    a residual stream. `nodes`: the network around them, where `analyze` has made the graph.
+    a residual stream. `axes`: those of parameters and buffers. `nodes`: the network around them,
+    where `analyze` has made the graph.
     """
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
         self.system, self.solution, self.params = system, solution, params
         self.nodes: list[Node] = []
         self._root = classes(system)
-        self._axes = [a for a in system.axes if a.owner in params]
         self._group_of = _groups(self._root, system)
-        starts = torch.tensor([a.start for a in [*self._axes, *_streams(system)]])
+        self.axes = self._channels([a for a in system.axes if a.owner in params])
+        starts = torch.tensor([a.start for a in [*self.axes, *_streams(system)]])
         owners = self._group_of[starts].tolist() if starts.numel() else []
         self._number = {g: k for k, g in enumerate(dict.fromkeys(owners))}
         self.groups = self._build()
 
+    def _channels(self, axes: list[Axis]) -> list[Axis]:
+        """Without the groups that are no channels, such as the sides of a kernel."""
+        structure = torch.zeros(self.system.atoms, dtype=torch.bool)
+        for pin in self.system.pins:
+            if pin.reason == STRUCTURE:
+                structure[pin.atoms] = True
+        for pin in self.system.pins:
+            if pin.reason != STRUCTURE:
+                structure[pin.atoms] = False
+        channels = {int(self._group_of[a.start]) for a in axes if not bool(structure[a.start])}
+        return [a for a in axes if int(self._group_of[a.start]) in channels]
+
     def _build(self) -> list[Group]:
         groups = [Group(k) for k in range(len(self._number))]
-        for axis in self._axes:
+        for axis in self.axes:
             self.group_of(axis, groups).members.append(Member(axis.owner, axis.dim, axis.size))
-        for axis in [*self._axes, *_streams(self.system)]:
+        for axis in [*self.axes, *_streams(self.system)]:
             group = self.group_of(axis, groups)
             group.name = group.name or name_of(axis)
         self._count(groups)
@@ -59,7 +72,7 @@ class DependencyGraph:
 
     def _count(self, groups: list[Group]) -> None:
         present = torch.zeros(self.system.atoms, dtype=torch.bool)
-        axes = [*self._axes, *_streams(self.system)]
+        axes = [*self.axes, *_streams(self.system)]
         present[self._root[torch.cat([a.atoms for a in axes])] if axes else []] = True
         roots = present.nonzero().reshape(-1)
         zero, known = states(self.system, self._root)
@@ -156,7 +169,7 @@ class DependencyGraph:
     def data(self) -> GroupGraph:
         """Groups, links and nodes as plain data, with the ties and blocks of each group."""
         firsts: dict[int, Axis] = {}
-        for axis in self._axes:
+        for axis in self.axes:
             firsts.setdefault(self.group_of(axis).id, axis)
         for k, axis in firsts.items():
             self.groups[k].ties = self.ties_of(axis)

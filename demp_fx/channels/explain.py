@@ -67,7 +67,7 @@ class Explanation:
 
 def explain(deps: DependencyGraph, name: str) -> Explanation:
     """See `DependencyGraph.explain`."""
-    axes = [a for a in deps.system.axes if a.owner in deps.params and matches(a.owner, name)]
+    axes = [a for a in deps.axes if matches(a.owner, name)]
     if not axes:
         raise UsageError(f"no parameter or buffer {name!r} takes part; {_near(deps, name)}")
     stops = _Stops(deps)

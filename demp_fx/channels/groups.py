@@ -65,7 +65,7 @@ class Group:
     `size`: how many channels can be told apart; `removable`: how many of them can go. Of the
     channels, `dead` are known to be zero wherever they are used, `constant` to be the same for all
     inputs, the others are live. `macs`: multiplications of one example forward that vanish with
-    the whole group (those of contractions). `ties`: a tree over the axes of the group, parents
+    the whole group. `ties`: a tree over the axes of the group, parents
     first.
     """
 

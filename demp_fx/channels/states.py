@@ -28,14 +28,18 @@ def states(system: System, root: Tensor) -> tuple[Tensor, Tensor]:
 def macs(system: System, group_of: Tensor, groups: int) -> list[float]:
     """The multiplications that vanish with each of `groups` numbered groups.
 
-    `group_of`: the number of each atom's group. A contraction shrinks with the share of its inputs
-    and of each axis of outputs that goes.
+    `group_of`: the number of each atom's group. An op's work shrinks with the share that goes of
+    each axis that it works along.
     """
     total = torch.zeros(groups, dtype=torch.float64)
-    for read in system.reads:
-        left = torch.ones(groups, dtype=torch.float64)
-        for side in (read.inputs, *read.outputs):
-            numbers = group_of[side.reshape(-1)]
-            left -= left * numbers[numbers >= 0].bincount(minlength=groups) / numbers.numel()
-        total += read.macs * (1 - left)
-    return total.tolist()
+    for work in system.work:
+        left: dict[int, float] = {}
+        for side in work.sides:
+            numbers = group_of[side]
+            ids, counts = numbers[numbers >= 0].unique(return_counts=True)
+            for k, count in zip(ids.tolist(), counts.tolist(), strict=True):
+                left[k] = left.get(k, 1.0) * (1 - count / side.numel())
+        for k, share in left.items():
+            total[k] += work.macs * (1 - share)
+    found: list[float] = total.tolist()
+    return found
