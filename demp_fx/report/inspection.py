@@ -12,7 +12,7 @@ from demp_fx.report.layout import BOX_HEIGHT, BOX_WIDTH, layout
 from demp_fx.report.source import code_at, short
 from demp_fx.report.style import asset, page
 
-_BANDS = 4  # how many submodules to mark beside the network, at least
+_BANDS = 24  # how many submodules to mark beside the network, at most
 
 
 def page_of(graph: GroupGraph, title: str) -> str:
@@ -75,18 +75,23 @@ def _code(graph: GroupGraph) -> dict[str, str]:
 
 
 def _bands(nodes: list[Node]) -> list[tuple[str, Node, Node]]:
-    """Stretches of nodes in one submodule: its name, the first and the last node."""
-    found: list[tuple[str, Node, Node]] = []
-    for depth in range(1, 6):
-        found = []
-        for node in nodes:
-            name = ".".join(node.module.split(".")[:depth])
-            if not name:
-                continue
-            if found and found[-1][0] == name:
-                found[-1] = (name, found[-1][1], node)
-            else:
-                found.append((name, node, node))
-        if len({name for name, _, _ in found}) >= _BANDS:
+    """Stretches of nodes in one submodule: its name, the first and the last node. As deep in the
+    hierarchy as gives not too many names."""
+    found = _stretches(nodes, 1)
+    for depth in range(2, 8):
+        deeper = _stretches(nodes, depth)
+        if len({name for name, _, _ in deeper}) > _BANDS:
             break
+        found = deeper
     return found
+
+
+def _stretches(nodes: list[Node], depth: int) -> list[tuple[str, Node, Node]]:
+    found: list[tuple[str, Node, Node]] = []
+    for node in nodes:
+        name = ".".join(node.module.split(".")[:depth])
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1], node)
+        else:
+            found.append((name, node, node))
+    return [stretch for stretch in found if stretch[0]]

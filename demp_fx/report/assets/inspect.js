@@ -74,7 +74,9 @@ const boxes = D.nodes.map((n, k) => {
   draw(box, "rect", { class: "box", width: BW, height: BH, rx: 4 });
   if (pinned) draw(box, "circle", { class: "lock", cx: BW - 8, cy: 8, r: 4 });
   draw(box, "text", { class: "label", x: 7, y: 12 }, tail(n.label, 25));
-  draw(box, "text", { class: "kind", x: 7, y: 23 }, tail(`${n.kind}  ${n.shape.join("×")}`, 36));
+  const kind = n.name.startsWith(n.kind) ? "" : n.kind + " ";
+  const inside = n.label !== n.module && n.module ? ` in ${tail(n.module, 22)}` : "";
+  draw(box, "text", { class: "kind", x: 7, y: 23 }, `${kind}${n.shape.join("×")}${inside}`);
   draw(box, "title", {}, `${n.name}: ${n.kind}\n${n.module}\n${n.line}`);
   box.addEventListener("click", () => dragged || selectNode(k));
   return box;
@@ -282,7 +284,8 @@ const listGroups = () => {
     el("span", {}, el("span", { class: "swatch",
       style: `background:hsl(${hue(g.id)} var(--sat) var(--lum))` }), g.name),
     el("span", {}, String(g.size)),
-    el("small", {}, [`${g.members.length} axes`, `${big(g.macs)} MACs`,
+    el("small", {}, [`${g.members.length} ${g.members.length === 1 ? "axis" : "axes"}`,
+      `${big(g.macs)} MACs`,
       g.removable ? `${g.removable} can go` : "", g.pins.length ? "pinned" : ""]
       .filter(Boolean).join(", ")))));
 };
