@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ def inspect(
 
     if why and (only or form != "tree"):
         raise click.UsageError("--why is answered in the terminal: without --format and --filter")
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _one_thread():
         loaded, example = _load(model, inputs, weights)
         deps = demp_fx.analyze(demp_fx.trace(loaded.model, example))
     if why:
@@ -210,6 +211,19 @@ def _load(model: str, inputs: tuple[str, ...], weights: Path | None) -> tuple[An
     example = data.example_inputs(loaded, inputs)
     data.check_forward(loaded.model, example, "the example inputs")
     return loaded, example
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without threads: an analysis is many small ops, whose threads mostly wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _print(what: str | RenderableType, out: Path | None = None) -> None:

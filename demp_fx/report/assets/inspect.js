@@ -74,9 +74,10 @@ const boxes = D.nodes.map((n, k) => {
   draw(box, "rect", { class: "box", width: BW, height: BH, rx: 4 });
   if (pinned) draw(box, "circle", { class: "lock", cx: BW - 8, cy: 8, r: 4 });
   draw(box, "text", { class: "label", x: 7, y: 12 }, tail(n.label, 25));
-  const kind = n.name.startsWith(n.kind) ? "" : n.kind + " ";
-  const inside = n.label !== n.module && n.module ? ` in ${tail(n.module, 22)}` : "";
-  draw(box, "text", { class: "kind", x: 7, y: 23 }, `${kind}${n.shape.join("×")}${inside}`);
+  const what = (n.name.startsWith(n.kind) ? "" : n.kind + " ") + n.shape.join("×");
+  const room = 33 - what.length;
+  const inside = n.label !== n.module && n.module && room > 6 ? ` in ${tail(n.module, room)}` : "";
+  draw(box, "text", { class: "kind", x: 7, y: 23 }, tail(what, 38) + inside);
   draw(box, "title", {}, `${n.name}: ${n.kind}\n${n.module}\n${n.line}`);
   box.addEventListener("click", () => dragged || selectNode(k));
   return box;
@@ -85,14 +86,12 @@ const boxes = D.nodes.map((n, k) => {
 // -- moving about ---------------------------------------------------------------------------------
 let dragged = false;
 const place = () => {
-  const limit = Math.max(0.02, Math.min(3, view.scale));
-  view.scale = limit;
   world.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
   drawMap();
 };
 const zoom = (factor, x = stage.clientWidth / 2, y = stage.clientHeight / 2) => {
   const before = view.scale;
-  view.scale = Math.max(0.02, Math.min(3, before * factor));
+  view.scale = Math.max(0.004, Math.min(3, before * factor));
   view.x = x - (x - view.x) * view.scale / before;
   view.y = y - (y - view.y) * view.scale / before;
   place();
