@@ -6,7 +6,6 @@ import functools
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from demp_fx.channels.system import Axis, Edge, Read, System
 from demp_fx.channels.ties import Ties, axes_of, name_of
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from demp_fx.channels.explain import Explanation
 
 __all__ = ["Block", "DependencyGraph", "Group", "Link", "Member", "Node", "Pin", "Tie"]

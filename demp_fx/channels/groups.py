@@ -6,11 +6,12 @@ import fnmatch
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from demp_fx.errors import UsageError
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class GroupGraph:
         `blocks` and `ties` as lists of dicts). An edge for each link, with `kind`, `node` and
         `line` as in `Link`.
         """
+        import networkx as nx  # half a second, which most do not need
+
         graph: nx.MultiDiGraph[int] = nx.MultiDiGraph()
         for group in self.groups:
             data = asdict(group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import RenderableType
 
 from demp_fx.channels.groups import GroupGraph
-from demp_fx.report import dot, graphml, inspection, mermaid
+from demp_fx.report import dot, inspection, mermaid
 from demp_fx.report.explain import group_tree
 
 
@@ -21,5 +21,7 @@ def export(graph: GroupGraph, form: str, title: str) -> str | RenderableType:
     if form == "mermaid":
         return mermaid.dumps(graph)
     if form == "graphml":
+        from demp_fx.report import graphml
+
         return graphml.dumps(graph)
     return inspection.page_of(graph, title)

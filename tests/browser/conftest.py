@@ -23,11 +23,12 @@ DOCS = ROOT / "docs" / "pictures"
 
 @dataclass(frozen=True)
 class Page:
-    """A page that was made, and how long that took the whole process."""
+    """A page that was made, and how long that took the whole process: in all, and of processors."""
 
     network: Shown
     path: Path
     seconds: float
+    processor: float
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +50,13 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         f"from tests.browser.networks import NETWORKS\n_it = NETWORKS[{name!r}]\n"
         "model, example_inputs = _it.model(), _it.example()\n"
     )
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     subprocess.run(
         [sys.executable, "-m", "demp_fx.cli", "inspect", str(folder / "model.py"),
          "--format", "html", "--out", str(folder / f"{name}.html")],
         check=True, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    return Page(NETWORKS[name], folder / f"{name}.html", time.perf_counter() - start)
+    after = os.times()
+    used = after.children_user + after.children_system
+    used -= before.children_user + before.children_system
+    return Page(NETWORKS[name], folder / f"{name}.html", time.perf_counter() - start, used)

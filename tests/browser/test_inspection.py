@@ -141,7 +141,8 @@ def test_keys_go_from_node_to_node_and_zoom(opened: Any) -> None:
     assert last["y"] + last["height"] <= opened.execute_script("return innerHeight")
 
 
-def test_it_is_small_and_quick(browser: Any, page: Page, record_property: Any) -> None:
+def test_it_is_small_and_quick(browser: Any, page: Page) -> None:
+    """Processor time, and not that of the clock, where others may use the machine."""
     start = time.perf_counter()
     browser.get(page.path.as_uri())
     element = browser.find_element("css selector", ".node:nth-of-type(2) .box")
@@ -149,10 +150,8 @@ def test_it_is_small_and_quick(browser: Any, page: Page, record_property: Any) -
     assert browser.find_elements("css selector", "#detail h2")
     answered = time.perf_counter() - start
     size = page.path.stat().st_size
-    record_property("bytes", size)
-    record_property("first click answered after", answered)
-    record_property("inspect took", page.seconds)
-    print(f"\n{page.path.stem}: inspect {page.seconds:.1f} s, {size / 1e6:.2f} MB, "
-          f"first click answered after {answered:.2f} s")  # fmt: skip
+    print(f"\n{page.path.stem}: inspect {page.seconds:.1f} s, {page.processor:.1f} s of processor; "
+          f"{size / 1e6:.2f} MB; first click answered after {answered:.2f} s")  # fmt: skip
     assert size < 2_000_000
+    assert page.processor < 10
     assert answered < 2

@@ -85,8 +85,20 @@ const boxes = D.nodes.map((n, k) => {
 
 // -- moving about ---------------------------------------------------------------------------------
 let dragged = false;
+const seen = boxes.map(() => true);
+const cull = () => {  // what is out of sight is not laid out
+  const top = -view.y / view.scale - 300;
+  const bottom = (stage.clientHeight - view.y) / view.scale + 300;
+  D.nodes.forEach((n, k) => {
+    const visible = n.y > top && n.y < bottom;
+    if (visible !== seen[k]) boxes[k].style.display = visible ? "" : "none";
+    seen[k] = visible;
+  });
+  world.classList.toggle("far", view.scale < 0.3);
+};
 const place = () => {
   world.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
+  cull();
   drawMap();
 };
 const zoom = (factor, x = stage.clientWidth / 2, y = stage.clientHeight / 2) => {
