@@ -54,10 +54,11 @@ class AxisReason:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The answer to "why?" about one layer or parameter."""
+    """The answer to "why?" about one layer or parameter. `groups`: the names of all, by id."""
 
     name: str
     axes: list[AxisReason]
+    groups: dict[int, str]
 
     def __str__(self) -> str:
         from demp_fx.report.explain import as_text
@@ -83,7 +84,7 @@ def explain(deps: DependencyGraph, name: str) -> Explanation:
                            [k for k in deps.links if group.id in (k.source, k.target)],
                            carriers, list(stops.of(group)))
             )  # fmt: skip
-    return Explanation(name, reasons)
+    return Explanation(name, reasons, {g.id: g.name for g in deps.groups})
 
 
 def _near(deps: DependencyGraph, name: str) -> str:

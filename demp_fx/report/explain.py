@@ -53,7 +53,7 @@ def why_tree(found: Explanation) -> Tree:
             f"{escape(counts(group))}"
         )
         _ties(branch, reason)
-        _links(branch, reason)
+        _links(branch, reason, found.groups)
         if reason.carriers:
             branch.add(escape(f"carried by {', '.join(reason.carriers)}"))
         _stops(branch, reason)
@@ -73,14 +73,18 @@ def _ties(branch: Tree, reason: AxisReason) -> None:
         places.update({tie.b: here for tie in ties})
 
 
-def _links(branch: Tree, reason: AxisReason) -> None:
+def _links(branch: Tree, reason: AxisReason, names: dict[int, str]) -> None:
     """The groups that its channels come from, and those that they go on into."""
-    for link in reason.links:
-        if link.target == reason.group.id and link.kind != "read":
-            branch.add(escape(f"fed by group {link.source} over {_crossing(link)}"))
-    for link in reason.links:
-        if link.source == reason.group.id and link.kind != "read":
-            branch.add(escape(f"feeds group {link.target} over {_crossing(link)}"))
+    here = reason.group.id
+    onward = [link for link in reason.links if link.kind != "read"]
+    for link in onward:
+        if link.target == here:
+            way = f"fed by group {link.source} ({names[link.source]})"
+            branch.add(escape(f"{way} over {_crossing(link)}"))
+    for link in onward:
+        if link.source == here:
+            way = f"feeds group {link.target} ({names[link.target]})"
+            branch.add(escape(f"{way} over {_crossing(link)}"))
 
 
 def _stops(branch: Tree, reason: AxisReason) -> None:
