@@ -38,10 +38,12 @@ def cards(rows: Iterable[tuple[str, str, str]]) -> str:
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
     """Names and their colours (as CSS has them)."""
-    return "<p>" + " &nbsp; ".join(
-        f'<svg width="11" height="11"><rect width="11" height="11" rx="2" style="fill:{colour}"/>'
-        f"</svg> {html.escape(name)}" for name, colour in entries
-    ) + "</p>"  # fmt: skip
+    boxes = (
+        f'<span class="key"><i class="swatch" style="background:{colour}"></i>{html.escape(name)}'
+        "</span>"
+        for name, colour in entries
+    )
+    return f"<p>{' '.join(boxes)}</p>"
 
 
 def bars(rows: Sequence[tuple[str, int, int]]) -> str:
