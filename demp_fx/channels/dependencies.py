@@ -38,7 +38,8 @@ class DependencyGraph:
         self._root = classes(system)
         self._group_of = _groups(self._root, system)
         self.axes = self._channels([a for a in system.axes if a.owner in params])
-        starts = torch.tensor([a.start for a in [*self.axes, *_streams(system)]])
+        self._all = [*self.axes, *_streams(system)]
+        starts = torch.tensor([a.start for a in self._all])
         owners = self._group_of[starts].tolist() if starts.numel() else []
         self._number = {g: k for k, g in enumerate(dict.fromkeys(owners))}
         self.groups = self._build()
@@ -59,7 +60,7 @@ class DependencyGraph:
         groups = [Group(k) for k in range(len(self._number))]
         for axis in self.axes:
             self.group_of(axis, groups).members.append(Member(axis.owner, axis.dim, axis.size))
-        for axis in [*self.axes, *_streams(self.system)]:
+        for axis in self._all:
             group = self.group_of(axis, groups)
             group.name = group.name or name_of(axis)
         self._count(groups)
@@ -73,8 +74,8 @@ class DependencyGraph:
 
     def _count(self, groups: list[Group]) -> None:
         present = torch.zeros(self.system.atoms, dtype=torch.bool)
-        axes = [*self.axes, *_streams(self.system)]
-        present[self._root[torch.cat([a.atoms for a in axes])] if axes else []] = True
+        for axis in self._all:
+            present[self._root[axis.atoms]] = True
         roots = present.nonzero().reshape(-1)
         zero, known = states(self.system, self._root)
         owner = self._numbers[roots]

@@ -155,3 +155,17 @@ def test_it_is_small_and_quick(browser: Any, page: Page) -> None:
     assert size < 2_000_000
     assert page.processor < 10
     assert answered < 2
+
+
+def test_at_night_it_is_dark(browser: Any, page: Page) -> None:
+    """Text is lighter than what it is on, and the other way round by day."""
+    browser.get(page.path.as_uri())
+    script = """const s = getComputedStyle(document.body);
+        return [s.color, s.backgroundColor, getComputedStyle(document.querySelector(".label")).fill]
+          .map(c => c.match(/\\d+/g).map(Number).reduce((a, b) => a + b))"""
+    for scheme, sign in (("dark", 1), ("light", -1)):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        ink, paper, label = browser.execute_script(script)
+        assert sign * (ink - paper) > 400
+        assert sign * (label - paper) > 400

@@ -75,7 +75,7 @@ const boxes = D.nodes.map((n, k) => {
   if (pinned) draw(box, "circle", { class: "lock", cx: BW - 8, cy: 8, r: 4 });
   draw(box, "text", { class: "label", x: 7, y: 12 }, tail(n.label, 25));
   const what = (n.name.startsWith(n.kind) ? "" : n.kind + " ") + n.shape.join("×");
-  const room = 33 - what.length;
+  const room = 30 - what.length;
   const inside = n.label !== n.module && n.module && room > 6 ? ` in ${tail(n.module, room)}` : "";
   draw(box, "text", { class: "kind", x: 7, y: 23 }, tail(what, 38) + inside);
   draw(box, "title", {}, `${n.name}: ${n.kind}\n${n.module}\n${n.line}`);
