@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,22 +146,49 @@ def compile_(
 @click.argument("model")
 @_INPUT
 @_WEIGHTS
-@click.option("--format", "form", type=click.Choice(["tree", "json"]), default="tree")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["tree", "json", "dot", "mermaid", "graphml", "html"]),
+    default="tree",
+    help="Default: a tree for the terminal.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="File to write instead of stdout.")
+@click.option(
+    "--why",
+    metavar="NAME",
+    help="Explain one layer or parameter: what ties it to others, what stops its channels.",
+)
+@click.option(
+    "--filter",
+    "only",
+    metavar="NAME",
+    help="Only groups of this submodule; wildcards are allowed, as in '*.conv1'.",
+)
 def inspect(
-    model: str, inputs: tuple[str, ...], weights: Path | None, form: str, out: Path | None
+    model: str,
+    inputs: tuple[str, ...],
+    weights: Path | None,
+    form: str,
+    out: Path | None,
+    why: str | None,
+    only: str | None,
 ) -> None:
-    """Print the pruning groups of MODEL: what is cut together, and what is pinned where."""
+    """Show the pruning groups of MODEL: what is cut together, what is pinned where, and why."""
     import demp_fx
-    from demp_fx.report import tables
+    from demp_fx.report import exports
+    from demp_fx.report.explain import why_tree
 
-    with redirect_stdout(sys.stderr):
+    if why and (only or form != "tree"):
+        raise click.UsageError("--why is answered in the terminal: without --format and --filter")
+    with redirect_stdout(sys.stderr), _one_thread():
         loaded, example = _load(model, inputs, weights)
-        graph = demp_fx.analyze(demp_fx.trace(loaded.model, example))
-    if form == "json":
-        _print(graph.to_json(), out)
+        deps = demp_fx.analyze(demp_fx.trace(loaded.model, example))
+    if why:
+        _print(why_tree(deps.explain(why)), out)
     else:
-        _print(tables.dependency_tree(graph, type(loaded.model).__name__), out)
+        graph = deps.data.only(only) if only else deps.data
+        _print(exports.export(graph, form, type(loaded.model).__name__), out)
 
 
 @main.command()
@@ -183,6 +211,19 @@ def _load(model: str, inputs: tuple[str, ...], weights: Path | None) -> tuple[An
     example = data.example_inputs(loaded, inputs)
     data.check_forward(loaded.model, example, "the example inputs")
     return loaded, example
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without threads: an analysis is many small ops, whose threads mostly wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _print(what: str | RenderableType, out: Path | None = None) -> None:

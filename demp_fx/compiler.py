@@ -82,7 +82,7 @@ def compile(
         _check_finite(model)
         graph = trace(model, example_inputs)
     with clock("analyze"):
-        walked = walk(graph)
+        walked = bare = walk(graph)
     samples, probe = 0, inputs
     if calibration is not None:
         batches = list(calibration)
@@ -96,7 +96,7 @@ def compile(
     with clock("narrow"):
         planned = fit(graph, walked, cuts)
     plan, module = planned.plan, planned.module
-    report = summarize(type(model).__name__, graph, planned, samples)
+    report = summarize(type(model).__name__, graph, planned, samples, bare)
     if verify:
         with clock("verify"):
             train = samples == 0 or optimizer is not None or model.training

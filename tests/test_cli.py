@@ -89,7 +89,7 @@ def test_compile_writes_a_folder_that_compiles_again(net: Path) -> None:
     assert "a model may talk" not in result.stdout
     out = net.parent / "net-narrow"
     assert sorted(p.name for p in out.iterdir()) == [
-        "module.py", "plan.json", "report.json", "weights.safetensors",
+        "module.py", "plan.json", "report.html", "report.json", "weights.safetensors",
     ]  # fmt: skip
     assert load_file(out / "weights.safetensors")["conv1.weight"].shape == (4, 3, 3, 3)
     again = run(
@@ -156,6 +156,38 @@ def test_inspect_prints_groups_as_a_tree_and_as_json(net: Path) -> None:
     written = run("inspect", net, "--input", "1x3x8x8", "--format", "json", "--out", "deps.json")
     assert written.stdout == ""
     assert json.loads(Path("deps.json").read_text()) == json.loads(result.stdout)
+
+
+def test_inspect_writes_every_format(net: Path) -> None:
+    begins = {
+        "dot": "digraph",
+        "mermaid": "flowchart",
+        "graphml": "<?xml",
+        "html": "<!doctype html>",
+    }
+    for form, start in begins.items():
+        result = run("inspect", net, "--input", "1x3x8x8", "--format", form)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.startswith(start)
+        assert "conv1.weight[0]" in result.stdout
+
+
+def test_inspect_answers_why(net: Path) -> None:
+    result = run("inspect", net, "--input", "1x3x8x8", "--why", "conv1")
+    assert result.exit_code == 0, result.stderr
+    assert "conv2.weight[1]" in result.stdout
+    assert "net.py:" in result.stdout
+    assert "conv1" in fails(2, "inspect", net, "--input", "1x3x8x8", "--why", "conv11")
+    both = ("--why", "conv1", "--format", "json")
+    assert run("inspect", net, "--input", "1x3x8x8", *both).exit_code == 2
+
+
+def test_inspect_shows_a_part(net: Path) -> None:
+    result = run("inspect", net, "--input", "1x3x8x8", "--filter", "head")
+    assert result.exit_code == 0, result.stderr
+    assert "head.weight[0]" in result.stdout
+    assert "conv1.weight[1]" not in result.stdout
+    assert "no pruning group" in fails(2, "inspect", net, "--input", "1x3x8x8", "--filter", "tail")
 
 
 def test_passes_are_listed_a_line_each() -> None:

@@ -212,7 +212,7 @@ def test_the_folder_works_where_demp_fx_does_not_exist(tmp_path: Path) -> None:
     graph = graph_of(Tied())
     out = folder.write(result_of(graph), tmp_path / "out")
     assert sorted(p.name for p in out.iterdir()) == [
-        "module.py", "plan.json", "report.json", "weights.safetensors",
+        "module.py", "plan.json", "report.html", "report.json", "weights.safetensors",
     ]  # fmt: skip
     x = torch.randint(0, 11, (2, 3))
     torch.save((x, graph(x)), tmp_path / "expected.pt")

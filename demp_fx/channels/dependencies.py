@@ -3,98 +3,114 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor
 
+from demp_fx.channels.groups import Block, Group, GroupGraph, Link, Member, Node, Pin, Tie
 from demp_fx.channels.solve import Solution, classes, components
+from demp_fx.channels.states import macs, states
 from demp_fx.channels.stream import STRUCTURE
-from demp_fx.channels.system import Read, System
+from demp_fx.channels.system import Axis, Edge, Read, System
+from demp_fx.channels.ties import Ties, axes_of, name_of
 
+if TYPE_CHECKING:
+    import networkx as nx
 
-@dataclass(frozen=True)
-class Member:
-    """One dim of a parameter or buffer, whose channels go with those of its group."""
+    from demp_fx.channels.explain import Explanation
 
-    name: str
-    dim: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Pin:
-    """Channels of a group that have to stay: why, by which op, at which node and user line."""
-
-    reason: str
-    op: str
-    node: str
-    source: str | None
-    channels: int
-
-
-@dataclass
-class Group:
-    """Channels that are cut together.
-
-    `size`: how many channels can be told apart. `removable`: how many of them can go.
-    """
-
-    id: int
-    size: int
-    removable: int
-    members: list[Member] = field(default_factory=list)
-    pins: list[Pin] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Link:
-    """One group feeds another, at a node: by a contraction ("read"), or where the graph may be cut
-    ("sum": into a residual sum, "gather": in front of one of several readers, "spread": before
-    what turns dead channels into others)."""
-
-    source: int
-    target: int
-    kind: str
-    node: str
-    line: str | None
+__all__ = ["Block", "DependencyGraph", "Group", "Link", "Member", "Node", "Pin", "Tie"]
 
 
 class DependencyGraph:
-    """Pruning groups of a network and how they feed each other."""
+    """Pruning groups of a network and how they feed each other.
+
+    `groups`: first those of parameters, then those of values that no parameter is tied to, such as
+    a residual stream. `axes`: those of parameters and buffers. `nodes`: the network around them,
+    where `analyze` has made the graph.
+    """
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
-        self._system, self._solution = system, solution
+        self.system, self.solution, self.params = system, solution, params
+        self.nodes: list[Node] = []
         self._root = classes(system)
-        self._axes = [a for a in system.axes if a.owner in params]
         self._group_of = _groups(self._root, system)
-        self._number = {int(g): k for k, g in enumerate(dict.fromkeys(
-            int(self._group_of[a.start]) for a in self._axes))}  # fmt: skip
+        self.axes = self._channels([a for a in system.axes if a.owner in params])
+        self._all = [*self.axes, *_streams(system)]
+        starts = torch.tensor([a.start for a in self._all])
+        owners = self._group_of[starts].tolist() if starts.numel() else []
+        self._number = {g: k for k, g in enumerate(dict.fromkeys(owners))}
         self.groups = self._build()
 
+    def _channels(self, axes: list[Axis]) -> list[Axis]:
+        """Without the groups that are no channels, such as the sides of a kernel."""
+        structure = torch.zeros(self.system.atoms, dtype=torch.bool)
+        for pin in self.system.pins:
+            if pin.reason == STRUCTURE:
+                structure[pin.atoms] = True
+        for pin in self.system.pins:
+            if pin.reason != STRUCTURE:
+                structure[pin.atoms] = False
+        channels = {int(self._group_of[a.start]) for a in axes if not bool(structure[a.start])}
+        return [a for a in axes if int(self._group_of[a.start]) in channels]
+
     def _build(self) -> list[Group]:
-        groups = [Group(k, 0, 0) for k in range(len(self._number))]
-        for axis in self._axes:
-            group = groups[self._number[int(self._group_of[axis.start])]]
-            group.members.append(Member(axis.owner, axis.dim, axis.size))
-        present = torch.zeros(self._system.atoms, dtype=torch.bool)
-        present[self._root[torch.cat([a.atoms for a in self._axes])] if self._axes else []] = True
-        roots = present.nonzero().reshape(-1)
-        owner = self._group_of[roots]
-        gone = ~self._solution.kept(roots)
-        sizes, removable = owner.bincount(), owner[gone].bincount(minlength=int(owner.max()) + 1)
-        for g, k in self._number.items():
-            groups[k].size, groups[k].removable = int(sizes[g]), int(removable[g])
+        groups = [Group(k) for k in range(len(self._number))]
+        for axis in self.axes:
+            self.group_of(axis, groups).members.append(Member(axis.owner, axis.dim, axis.size))
+        for axis in self._all:
+            group = self.group_of(axis, groups)
+            group.name = group.name or name_of(axis)
+        self._count(groups)
         self._pin(groups)
         return groups
 
+    def group_of(self, axis: Axis, groups: list[Group] | None = None) -> Group:
+        """The group that the channels of an axis are in."""
+        number = self._number[int(self._group_of[axis.start])]
+        return (self.groups if groups is None else groups)[number]
+
+    def _count(self, groups: list[Group]) -> None:
+        present = torch.zeros(self.system.atoms, dtype=torch.bool)
+        for axis in self._all:
+            present[self._root[axis.atoms]] = True
+        roots = present.nonzero().reshape(-1)
+        zero, known = states(self.system, self._root)
+        owner = self._numbers[roots]
+        for name, mask in (
+            ("size", torch.ones_like(roots, dtype=torch.bool)),
+            ("removable", ~self.solution.kept(roots)),
+            ("dead", zero[roots]),
+            ("constant", known[roots] & ~zero[roots]),
+        ):
+            for group, n in zip(groups, self._tally(owner[mask]), strict=True):
+                setattr(group, name, n)
+        for group, work in zip(groups, macs(self.system, self._numbers, len(groups)), strict=True):
+            group.macs = round(work)
+
+    def _tally(self, numbers: Tensor) -> list[int]:
+        counts: list[int] = numbers.bincount(minlength=len(self._number)).tolist()
+        return counts
+
+    @functools.cached_property
+    def _numbers(self) -> Tensor:
+        """For each atom the id of its group, -1 where it is in none."""
+        table = torch.full((int(self._group_of.max()) + 1,), -1)
+        table[list(self._number)] = torch.arange(len(self._number))
+        return table[self._group_of]
+
+    def groups_in(self, label: Tensor) -> dict[int, int]:
+        """The ids of the groups that a label's atoms are in, and how many channels of each."""
+        atoms = self._root[label.reshape(-1)].unique()
+        numbers = self._numbers[atoms]
+        ids, counts = numbers[numbers >= 0].unique(return_counts=True)
+        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
     def _pin(self, groups: list[Group]) -> None:
         seen: Counter[tuple[int, str, str, str, str | None]] = Counter()
-        for pin in self._system.pins:
+        for pin in self.system.pins:
             owners = self._group_of[pin.atoms]
             for owner in owners.unique().tolist() if pin.reason != STRUCTURE else ():
                 channels = int(self._root[pin.atoms[owners == owner]].unique().numel())
@@ -105,7 +121,7 @@ class DependencyGraph:
             groups[k].pins.append(Pin(reason, op, node, line, channels))
 
     def _sources(self, owner: int) -> list[int]:
-        """The groups of parameters whose channels are in a group, or arrive in it over edges."""
+        """The groups whose channels are in a group, or arrive in it over edges."""
         waiting, seen, found = [owner], {owner}, []
         for group in waiting:
             if group in self._number:
@@ -119,7 +135,7 @@ class DependencyGraph:
     def _feeds(self) -> dict[int, set[int]]:
         """For each group of atoms, those that arrive in it through edges."""
         feeds: dict[int, set[int]] = defaultdict(set)
-        for edge in self._system.edges:
+        for edge in self.system.edges:
             target, source = self._group_of[edge.target[0]], self._group_of[edge.source[0]]
             feeds[int(target)].add(int(source))
         return feeds
@@ -128,46 +144,90 @@ class DependencyGraph:
     def links(self) -> list[Link]:
         """Which group feeds which."""
         links: dict[Link, None] = {}
-        for step in self._system.flow:
+        for step in [*self.system.flow, *self.system.links]:
             if isinstance(step, Read):
                 pairs = [(step.inputs, o, "read") for o in step.outputs]
-            else:
+            elif isinstance(step, Edge):
                 pairs = [(step.source, step.target, step.kind)]
+            else:
+                pairs = [(step.rows, step.gate, "block")]
             for source, target, kind in pairs:
-                for a in self._of(source):
-                    for b in self._of(target):
+                for a in self.groups_in(source):
+                    for b in self.groups_in(target):
                         links[Link(a, b, kind, step.site.node, step.site.source)] = None
-        return list(links)
+        return [link for link in links if link.source != link.target or link.kind == "read"]
 
-    def _of(self, atoms: Tensor) -> list[int]:
-        found = self._group_of[atoms].unique().tolist()
-        return [self._number[g] for g in found if g in self._number]
+    @functools.cached_property
+    def ties(self) -> Ties:
+        """Which op ties which axes together."""
+        return Ties(self.system)
+
+    def ties_of(self, axis: Axis) -> list[Tie]:
+        """The chains from an axis to every other one of its group, as a tree."""
+        places = axes_of(self.system, torch.tensor([axis.start]))
+        return self.ties.described(int(places), lambda other: other.owner in self.params)
+
+    @functools.cached_property
+    def data(self) -> GroupGraph:
+        """Groups, links and nodes as plain data, with the ties and blocks of each group."""
+        firsts: dict[int, Axis] = {}
+        for axis in self.axes:
+            firsts.setdefault(self.group_of(axis).id, axis)
+        for k, axis in firsts.items():
+            self.groups[k].ties = self.ties_of(axis)
+        for blocks in self.system.blocks:
+            for k in self.groups_in(blocks.atoms):
+                block = Block(list(blocks.atoms.shape), blocks.site.node, blocks.site.source)
+                if block not in self.groups[k].blocks:
+                    self.groups[k].blocks.append(block)
+        return GroupGraph(self.groups, self.links, self.nodes)
+
+    def explain(self, name: str) -> Explanation:
+        """What ties a layer or parameter to others, and what stops its channels from going.
+
+        `name`: of a submodule ("layer1.0.conv1") or of a parameter of it.
+        Raises `UsageError` where no parameter has that name.
+        """
+        from demp_fx.channels.explain import explain
+
+        return explain(self, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Groups and links as plain data."""
-        return {
-            "groups": [asdict(g) for g in self.groups],
-            "links": [asdict(link) for link in self.links],
-        }
+        """Groups, links and nodes as JSON knows them; see `GroupGraph`."""
+        return self.data.to_dict()
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=1)
+        return self.data.to_json()
 
     def to_networkx(self) -> nx.MultiDiGraph[int]:
-        """A node for each group (size, removable, members, pins), an edge for each link (kind,
-        node, line)."""
-        graph: nx.MultiDiGraph[int] = nx.MultiDiGraph()
-        for group in self.groups:
-            data = asdict(group)
-            graph.add_node(data.pop("id"), **data)
-        for link in self.links:
-            graph.add_edge(link.source, link.target, kind=link.kind, node=link.node, line=link.line)
-        return graph
+        """A node for each group (`name`, `size`, `removable`, `dead`, `constant`, `macs`, and
+        `members`, `pins`, `blocks`, `ties` as lists of dicts), an edge for each link (`kind`,
+        `node`, `line`)."""
+        return self.data.to_networkx()
 
     def __repr__(self) -> str:
-        free = sum(1 for g in self.groups if g.removable)
-        return f"DependencyGraph({len(self.groups)} groups, {free} with dead channels)"
+        channels, gone = (sum(getattr(g, k) for g in self.groups) for k in ("size", "removable"))
+        pinned = sum(1 for g in self.groups if g.pins)
+        return (
+            f"DependencyGraph({len(self.groups)} groups, {pinned} with pins; "
+            f"{gone} of {channels} channels can go)"
+        )
+
+    def _repr_html_(self) -> str:
+        """The groups as a table, for notebooks."""
+        from demp_fx.report.fragments import groups_table
+
+        return groups_table(self.data)
+
+
+def _streams(system: System) -> list[Axis]:
+    """The axes of values between nodes that a read or edge leads from or to."""
+    used = torch.zeros(system.atoms, dtype=torch.bool)
+    for step in system.flow:
+        for atoms in (step.inputs, *step.outputs) if isinstance(step, Read) else (step.target,):
+            used[atoms] = True
+    return [a for a in system.axes if a.dim < 0 and bool(used[a.start])]
 
 
 def _groups(root: Tensor, system: System) -> Tensor:

@@ -165,6 +165,14 @@ class Traffic:
     elements: int
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Multiplications of one op, and the atoms along each axis that they shrink with."""
+
+    macs: int
+    sides: tuple[Tensor, ...]
+
+
 Mark = tuple[int, ...]
 
 
@@ -178,6 +186,7 @@ class System:
     pins: list[Pin] = field(default_factory=list)
     flow: list[Read | Edge] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     groupings: list[Grouping] = field(default_factory=list)
@@ -206,6 +215,11 @@ class System:
         if a is not b:
             self.sames.append(Same(a.reshape(-1), b.reshape(-1), site))
 
+    def multiply(self, macs: int, *sides: Tensor) -> None:
+        """Count multiplications, with the labels of the axes that they shrink with."""
+        self.macs += macs
+        self.work.append(Work(macs, tuple(side.reshape(-1) for side in sides)))
+
     def link(self, rows: Tensor, gate: Tensor, site: Site) -> None:
         """Tie the survival of rows (H, D) to that of the atoms in `gate` (H)."""
         self.links.append(Link(rows, gate, site))
@@ -213,7 +227,7 @@ class System:
     @property
     def _lists(self) -> tuple[list[Any], ...]:
         return (self.sames, self.pins, self.flow, self.traffic, self.blocks, self.links,
-                self.groupings)  # fmt: skip
+                self.groupings, self.work)  # fmt: skip
 
     def mark(self) -> Mark:
         """How much has been recorded so far."""

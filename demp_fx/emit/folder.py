@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 
 from demp_fx.emit.module import source
 from demp_fx.errors import EmitError, UsageError
+from demp_fx.report.compilation import page_of
 
 if TYPE_CHECKING:
     from demp_fx import CompileResult
 
-MODULE, WEIGHTS, PLAN, REPORT = "module.py", "weights.safetensors", "plan.json", "report.json"
-_OURS = {MODULE, WEIGHTS, PLAN, REPORT, "__pycache__"}
+MODULE, WEIGHTS, PLAN = "module.py", "weights.safetensors", "plan.json"
+REPORT, PAGE = "report.json", "report.html"
+_OURS = {MODULE, WEIGHTS, PLAN, REPORT, PAGE, "__pycache__"}
 
 
 def check(folder: str | Path, overwrite: bool = False) -> Path:
@@ -58,6 +60,7 @@ def write(result: CompileResult, folder: str | Path, overwrite: bool = False) ->
         save_file(weights, draft / WEIGHTS)
         result.plan.save(draft / PLAN)
         result.report.save(draft / REPORT)
+        (draft / PAGE).write_text(page_of(result.report), encoding="utf-8")
         _open_up(draft)
         _swap(draft, target)
     except (OSError, SafetensorError) as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
 
+from demp_fx.channels.analysis import walk as walk_anew
 from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Axis
@@ -16,12 +16,19 @@ from demp_fx.passes.make_plan import Planned
 from demp_fx.report.model import CompileReport, Pinned, Width
 
 
-def summarize(name: str, graph: fx.GraphModule, planned: Planned, samples: int) -> CompileReport:
-    """Figures of a finished narrowing of the model `name`; `samples`: seen in calibration."""
+def summarize(
+    name: str, graph: fx.GraphModule, planned: Planned, samples: int, bare: Walk | None = None
+) -> CompileReport:
+    """Figures of a finished narrowing of the model `name`; `samples`: seen in calibration.
+
+    `bare`: a walk without what was seen, to tell what the weights alone prove.
+    """
     plan, module, walk, solution = planned.plan, planned.module, planned.before, planned.solution
     notes = graph.meta["demp_fx"]
     widths = _widths(graph, module)
-    proven, observed = _known(walk)
+    known = _known(walk)
+    proven = _known(bare or walk_anew(graph)) if walk.observed else known
+    observed = known - proven
     report = CompileReport(
         model=name,
         params_before=sum(p.numel() for p in graph.parameters()),
@@ -71,18 +78,13 @@ def _widths(graph: fx.GraphModule, module: fx.GraphModule) -> list[Width]:
     return widths
 
 
-def _known(walk: Walk) -> tuple[int, int]:
-    """How many channels are known at some read: from the weights, and only from observation."""
-    seen: Mapping[str, object] = walk.observed
+def _known(walk: Walk) -> int:
+    """How many channels are known at some read to be zero or constant."""
     dead = torch.zeros(walk.system.atoms, dtype=torch.bool)
     for read in walk.system.reads:
         if read.facts is not None:
             dead[read.inputs[read.facts.known]] = True
-    total = int(dead.sum())
-    observed = 0
-    if seen:
-        observed = min(total, sum(int(f.known.sum()) for _, f in walk.observed.values()))
-    return total - observed, observed
+    return int(dead.sum())
 
 
 def _pinned(walk: Walk, solution: Solution) -> list[Pinned]:
@@ -91,6 +93,7 @@ def _pinned(walk: Walk, solution: Solution) -> list[Pinned]:
         Pinned(reason=pin.reason, op=pin.op, node=pin.node, source=pin.source,
                members=[f"{m.name}[{m.dim}]" for m in group.members], channels=pin.channels)
         for group in groups
+        if group.members
         for pin in group.pins
     ]  # fmt: skip
 

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Draw = Callable[["Axes"], None]
 _SIZE = (7.2, 3.0)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "demp", "font.size": 9, "legend.framealpha": 0,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}  # fmt: skip
 
 
 def picture(draw: Draw, size: tuple[float, float] = _SIZE) -> str:
@@ -20,14 +24,14 @@ def picture(draw: Draw, size: tuple[float, float] = _SIZE) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "demp"}):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    return svg[svg.index("<svg") :].replace("#000000", "currentColor")  # light and dark
 
 
 def deaths(events: Sequence[Record], before: dict[str, int]) -> str:
@@ -130,21 +134,6 @@ def trajectory(events: Sequence[Record], measure: str, target: float, before: in
         axes.legend(fontsize=7)
 
     return picture(draw)
-
-
-def widths(before: dict[str, int], after: dict[str, int]) -> str:
-    """Every layer of neurons, before and after."""
-
-    def draw(axes: Axes) -> None:
-        layers = list(before)
-        places = list(range(len(layers)))[::-1]
-        axes.barh(places, [before[n] for n in layers], color="0.85", label="before")
-        axes.barh(places, [after[n] for n in layers], color="tab:blue", label="after")
-        axes.set_yticks(places, layers)
-        axes.set_xlabel("channels")
-        axes.legend(fontsize=7)
-
-    return picture(draw, (_SIZE[0], max(2.2, 0.22 * len(before) + 0.9)))
 
 
 def _legend(left: Axes, right: Axes) -> None:

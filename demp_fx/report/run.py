@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,10 @@ from rich.table import Table
 
 from demp_fx.errors import EmitError, UsageError
 from demp_fx.report import plots
+from demp_fx.report.fragments import bars, cards, legend, section, table
+from demp_fx.report.style import page
 
 Record = dict[str, Any]
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem }}
-body {{ margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} svg {{ max-width: 100%; height: auto }}
-td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
-td:first-child, th:first-child {{ text-align: left }} pre {{ background: #f5f5f5; padding: 1rem }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
 
 
 class RunRecords:
@@ -112,35 +101,37 @@ def write(run: RunRecords) -> Path:
     path = run.folder / "report.html"
     title = f"demp_fx: {run.folder.name}"
     try:
-        path.write_text(_PAGE.format(title=html.escape(title), body=body), encoding="utf-8")
+        path.write_text(page(title, body), encoding="utf-8")
     except OSError as error:
         raise EmitError(f"cannot write {path}: {error}") from error
     return path
 
 
 def _sections(run: RunRecords) -> Iterable[str]:
-    rows = [*_size_rows(run), *((name, "", value, "") for name, value in _figures(run))]
-    yield _table(("", "dense", "now", "left"), rows)
+    yield f"<h1>{html.escape(run.folder.name)}, dense to sparse</h1>"
+    sizes = list(_size_rows(run))
+    yield cards((f"{name} left", left, f"{dense} → {now}") for name, dense, now, left in sizes)
+    yield table(("", ""), list(_figures(run)))
     if run.steps and run.epochs:
-        yield _section("Loss and accuracy", plots.learning(run.steps, run.epochs))
+        yield section("Loss and accuracy", plots.learning(run.steps, run.epochs))
     if run.events:
         first = _dense_widths(run)
-        yield _section("Channels that died, by layer", plots.deaths(run.events, first))
+        yield section("Channels that died, by layer", plots.deaths(run.events, first))
         if run.steps:
-            yield _section("Work and time of a step", plots.work(run.steps, run.events, run.before))
-            yield _section("Pressure", plots.pressure(run.steps))
+            yield section("Work and time of a step", plots.work(run.steps, run.events, run.before))
+            yield section("Pressure", plots.pressure(run.steps))
         if run.events[-1].get("aim") is not None and run.end is not None:
             measure, share = run.end["aimed_at"]
-            yield _section(
+            yield section(
                 "The way to the target",
                 plots.trajectory(run.events, measure, share, run.before[measure]),
             )
-        yield _section("Widths before and after", plots.widths(first, run.events[-1]["widths"]))
-        yield "<h2>Death checks</h2>" + _table(
-            ("step", "dead", "removed", "parameters", "MACs", "lambda", "seconds", "failure"),
-            [_event_row(e) for e in run.events],
-        )
-    yield f"<h2>Recipe</h2><pre>{html.escape(run.recipe)}</pre>"
+        after = run.events[-1]["widths"]
+        key = legend((("before", "var(--before)"), ("after", "var(--accent)")))
+        yield section("Channels by layer", key + bars([(n, first[n], after[n]) for n in first]))
+        headings = ("step", "dead", "removed", "parameters", "MACs", "lambda", "seconds", "failure")
+        yield section("Death checks", table(headings, [_event_row(e) for e in run.events]))
+    yield section("Recipe", f"<pre>{html.escape(run.recipe)}</pre>")
 
 
 def _dense_widths(run: RunRecords) -> dict[str, int]:
@@ -156,15 +147,3 @@ def _event_row(event: Record) -> tuple[str, ...]:
         f"{event['size']['params']:,}", f"{event['size']['macs']:,}", f"{event['penalty']:.3g}",
         f"{sum(event['seconds'].values()):.2f}", event["failure"] or "",
     )  # fmt: skip
-
-
-def _section(title: str, svg: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>\n{svg}"
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"

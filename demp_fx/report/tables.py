@@ -1,19 +1,13 @@
-"""Reports and dependency graphs for a terminal."""
+"""Reports for a terminal."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
-from rich.tree import Tree
 
 from demp_fx.report.model import CompileReport, Pinned
-
-if TYPE_CHECKING:
-    from demp_fx import DependencyGraph
 
 _MEMBERS = 3
 
@@ -117,18 +111,3 @@ def _remarks(report: CompileReport) -> list[str]:
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.seconds.items())
         lines.append(f"seconds: {stages}")
     return lines
-
-
-def dependency_tree(graph: DependencyGraph, title: str) -> Tree:
-    """Pruning groups, what is in them, and what keeps channels of theirs."""
-    tree = Tree(f"[bold]{escape(title)}[/bold]: {len(graph.groups)} groups")
-    for group in graph.groups:
-        text = f"group {group.id}: {group.size} channels, {group.removable} removable"
-        branch = tree.add(text)
-        for member in group.members:
-            branch.add(escape(f"{member.name}[{member.dim}] ({member.size})"))
-        for pin in group.pins:
-            source = f" at {pin.source}" if pin.source else ""
-            line = f"pinned: {pin.channels} by {pin.op} in {pin.node}{source}: {pin.reason}"
-            branch.add(f"[yellow]{escape(line)}[/yellow]")
-    return tree

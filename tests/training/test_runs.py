@@ -112,7 +112,7 @@ def test_the_report_stands_on_its_own(whole: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (whole / "report.html").read_text()
     assert page.count("<svg") == 5
-    for title in ("Channels that died", "Loss and accuracy", "Work and time", "Widths before"):
+    for title in ("Channels that died", "Loss and accuracy", "Work and time", "Channels by layer"):
         assert title in page
     assert "src=" not in page
     assert "channels" in result.stdout

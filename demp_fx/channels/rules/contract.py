@@ -60,15 +60,17 @@ def meet(
     if bias is not None:
         add_bias(walk, call, labels, bias, out)
     read = None
+    sides = list(labels.values())
     for letter in shared - set(result):
         macs = macs or out.numel() * a.tensor.size(a.dim(letter))
         outputs = tuple(label.reshape(-1) for label in labels.values())
+        sides += b.labels(walk, letter) or a.labels(walk, letter)
         if gate is None or batch is None:
             _tie_others(walk, call, a, b, letter)
             read = _read(walk, call, a, b, letter, outputs, bias, padded, macs)
         else:
             _read_rows(walk, call, a, b, (batch, letter), gate, outputs, macs)
-    walk.system.macs += macs
+    walk.system.multiply(macs, *sides)
     facts = constants(walk, a, b, result, bias, padded, read) if walk.with_facts else None
     walk.give(out, tuple(labels.values()), facts)
 

@@ -68,7 +68,7 @@ def depthwise(walk: Stream, call: Call) -> None:
     labels: Keyed = {(1,): along(filters, rank, 1)}
     if bias is not None:
         add_bias(walk, call, labels, bias, out)
-    walk.system.macs += out.numel() * (weight.numel() // weight.size(0))
+    walk.system.multiply(out.numel() * (weight.numel() // weight.size(0)), filters)
     facts = None
     real = walk.value(weight).data
     offset = offset_of(walk, bias, size * times)
@@ -104,7 +104,8 @@ def grouped(walk: Stream, call: Call) -> None:
     for label in walk.value(weight).labels:
         if varying(label) == (1,):  # which of them stay differs from block to block
             walk.pin(call, label, STRUCTURE)
-    walk.system.macs += (x if transposed else out).numel() * (weight.numel() // weight.size(0))
+    macs = (x if transposed else out).numel() * (weight.numel() // weight.size(0))
+    walk.system.multiply(macs, *walk.value(x).labels, *walk.value(weight).labels)
     source = Operand(x, "bi").single(walk, "i")
     filters = Operand(weight, "o").single(walk, "o")
     name = walk.name_of(weight)
