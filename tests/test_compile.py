@@ -546,3 +546,14 @@ def test_a_layer_of_one_input_channel_gets_narrower() -> None:
             p[:4] = 0
     narrow = demp_fx.compile(model, torch.randn(2, 1, 6, 6, dtype=torch.float64)).module
     assert narrow.get_parameter("0.weight").shape == (8, 1, 3, 3)
+
+
+def test_its_graph_prints_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    demp_fx.compile(model, torch.randn(2, 4)).module.graph.print_tabular()
+    printed = capsys.readouterr().out
+    rows = [line.split()[:2] for line in printed.splitlines()[2:]]
+    assert rows == [
+        ["placeholder", "input_1"], ["call_module", "_0"], ["call_module", "_1"],
+        ["call_module", "_2"], ["output", "output"],
+    ]  # fmt: skip
