@@ -26,35 +26,31 @@ MACS_PER_NUMBER = 32 / 1.5
 # writes it and two moments: ten moves in all.
 MOVES_PER_WEIGHT = 10 / 2
 SLACK = 0.02  # closing cuts has to save so much of all; below that, narrower is better
-PARTS = 6  # in how many parts cuts are tried that look bad but are not
 
 
 def decide(system: System, cuts: Cuts = "pays") -> Solution:
     """Solve, and close every cut that does not pay ("never": all, "always": none).
 
     A cut is first weighed by what it frees next to it. If the network as a whole gets dearer
-    without those that look bad, they are closed in parts, and only where that saves something.
+    without those that look bad, only the worse half of them is closed, if that saves something.
     """
-    edges = system.edges
-    hard = {id(e) for e in edges} if cuts == "never" else set()
+    hard = {id(e) for e in system.edges} if cuts == "never" else set()
     solution = solve(system, hard)
+    cost = None
     while cuts == "pays":
         bad = _bad_places(system, solution)
         if not bad:
             break
-        closed = {id(e) for place in bad for e in place}
-        without = solve(system, hard | closed)
-        best = total(system, solution)
-        if total(system, without) <= best * (1 - SLACK):
-            hard, solution = hard | closed, without
-            continue
-        for part in _parts(bad):
-            closed = {id(e) for place in part for e in place}
-            without = solve(system, hard | closed)
-            cost = total(system, without)
-            if cost <= best * (1 - SLACK / PARTS):
-                hard, solution, best = hard | closed, without, cost
-        break
+        cost = total(system, solution) if cost is None else cost
+        for places in (bad, bad[: len(bad) // 2]):
+            closed = hard | {id(e) for place in places for e in place}
+            without = solve(system, closed)
+            cheaper = total(system, without)
+            if cheaper <= cost * (1 - SLACK):
+                hard, solution, cost = closed, without, cheaper
+                break
+        else:
+            break
     return solution
 
 
@@ -69,12 +65,6 @@ def _bad_places(system: System, solution: Solution) -> list[list[Edge]]:
     cost = _Costs(system, solution)
     gains = [(sum(map(cost.gain, place)), place) for place in places.values()]
     return [place for gain, place in sorted(gains, key=lambda pair: pair[0]) if gain <= 0]
-
-
-def _parts(places: list[list[Edge]]) -> list[list[list[Edge]]]:
-    """A few runs of places."""
-    size = -(-len(places) // PARTS)
-    return [places[k : k + size] for k in range(0, len(places), size)]
 
 
 def total(system: System, solution: Solution) -> float:
