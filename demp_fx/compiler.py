@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from demp_fx.channels.analysis import walk
 from demp_fx.channels.cuts import Cuts
+from demp_fx.channels.meta import without_collection
 from demp_fx.errors import UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.make_plan import fit
@@ -93,7 +94,7 @@ def compile(
             probe = next(iter(_inputs(batches, graph)))
         with clock("analyze"):
             walked = walk(graph, seen)
-    with clock("narrow"):
+    with clock("narrow"), without_collection():
         planned = fit(graph, walked, cuts)
     plan, module = planned.plan, planned.module
     report = summarize(type(model).__name__, graph, planned, samples, bare)

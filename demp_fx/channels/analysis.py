@@ -9,6 +9,7 @@ from torch import fx
 from demp_fx.channels.cuts import decide
 from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.facts import Facts
+from demp_fx.channels.meta import without_collection
 from demp_fx.channels.network import network
 from demp_fx.channels.rules import SHAPES, rule_of
 from demp_fx.channels.walk import Walk
@@ -39,7 +40,8 @@ def walk(
 
 def analyze(graph: fx.GraphModule) -> DependencyGraph:
     """The pruning groups of a traced module: what is coupled, what is pinned, where and why."""
-    done = walk(graph)
-    deps = DependencyGraph(done.system, decide(done.system), set(done.params))
-    deps.nodes = network(done, deps)
+    with without_collection():
+        done = walk(graph)
+        deps = DependencyGraph(done.system, decide(done.system), set(done.params))
+        deps.nodes = network(done, deps)
     return deps
