@@ -120,10 +120,6 @@ class Facts:
             and torch.equal(self.profile, other.profile)
         )
 
-    def take(self, index: Tensor) -> Facts:
-        """A subset of 1-D facts."""
-        return self.map(lambda t: t[index])
-
 
 def same_place(facts: list[Facts]) -> list[Facts]:
     """The facts of several operands, broadcast against each other."""
