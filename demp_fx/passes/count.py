@@ -66,8 +66,10 @@ def recount(graph: fx.Graph, node: fx.Node, count: Count, module: fx.GraphModule
 
 def _layer_norm(graph: fx.Graph, node: fx.Node, r: float, module: fx.GraphModule) -> fx.Node:
     x, (weight, bias, eps) = node.args[0], _arguments(graph, node, module, 1e-5)
-    both = graph.call_function(torch.var_mean, (x,), {"dim": -1, "correction": 0, "keepdim": True})
     call = graph.call_function
+    if weight is not None:  # under autocast, statistics are taken in full precision
+        x = graph.call_method("to", (x, call(getattr, (weight, "dtype"))))
+    both = call(torch.var_mean, (x,), {"dim": -1, "correction": 0, "keepdim": True})
     var, mean = (call(operator.getitem, (both, k)) for k in (0, 1))
     apart = call(operator.mul, (call(torch.square, (mean,)), r - r * r))
     whole = call(operator.add, (call(operator.mul, (var, r)), apart))

@@ -303,11 +303,12 @@ def _sum(graph: fx.Graph, total: Sum, named: dict[str, fx.Node], constants: _Con
             shape = [1] * total.rank
             shape[total.dim] = -1
             shift = constants.add(graph, f"{total.node}_shift", total.shift, shape)
-            base = graph.call_function(torch.add, (base, shift))
+            base = _shifted(graph, base, shift)
         if other_at is None:
             result = graph.call_function(torch.add, (base, other))
         else:
             index = constants.add(graph, f"{total.node}_places", other_at, [-1])
+            base, other = _promoted(graph, base, other)
             result = graph.call_function(torch.index_add, (base, total.dim, index, other))
         result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
@@ -325,5 +326,19 @@ def _spread(
     index = constants.add(graph, f"{name}_places", spread.places, [-1])
     one = graph.call_function(torch.narrow, (narrow, spread.dim, 0, 1))
     blank = graph.call_function(torch.zeros_like, (one,))
-    full = graph.call_function(torch.add, (blank, shift))
+    full = _shifted(graph, blank, shift)
     return graph.call_function(torch.index_add, (full, spread.dim, index, narrow))
+
+
+def _shifted(graph: fx.Graph, value: fx.Node, shift: fx.Node) -> fx.Node:
+    """`value + shift` in the dtype that `value` happens to have (whole numbers, autocast)."""
+    return graph.call_function(torch.add, (value, graph.call_method("type_as", (shift, value))))
+
+
+def _promoted(graph: fx.Graph, left: fx.Node, right: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Both in the dtype of their sum: `index_add`, unlike `+`, takes no two dtypes, and under
+    autocast a stream and a branch often have two."""
+    dtypes = [graph.call_function(getattr, (x, "dtype")) for x in (left, right)]
+    dtype = graph.call_function(torch.promote_types, tuple(dtypes))
+    first, second = (graph.call_method("to", (x, dtype)) for x in (left, right))
+    return first, second
