@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from demp_fx.channels.solve import Solution, solve
+from demp_fx.channels.solve import Solution, Solver
 from demp_fx.channels.system import Edge, System
 
 Cuts = Literal["pays", "always", "never"]
@@ -35,7 +35,8 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     without those that look bad, only the worse half of them is closed, if that saves something.
     """
     hard = {id(e) for e in system.edges} if cuts == "never" else set()
-    solution = solve(system, hard)
+    solver = Solver(system)
+    solution = solver.solve(hard)
     cost = None
     while cuts == "pays":
         bad = _bad_places(system, solution)
@@ -44,7 +45,7 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
         cost = total(system, solution) if cost is None else cost
         for places in (bad, bad[: len(bad) // 2]):
             closed = hard | {id(e) for place in places for e in place}
-            without = solve(system, closed)
+            without = solver.solve(closed)
             cheaper = total(system, without)
             if cheaper <= cost * (1 - SLACK):
                 hard, solution, cost = closed, without, cheaper

@@ -28,8 +28,8 @@ class DependencyGraph:
     """Pruning groups of a network and how they feed each other.
 
     `groups`: first those of parameters, then those of values that no parameter is tied to, such as
-    a residual stream. `axes`: those of parameters and buffers. `nodes`: the network around them,
-    where `analyze` has made the graph.
+    a residual stream; `bare`: the same, with members and pins alone. `axes`: those of parameters
+    and buffers. `nodes`: the network around them, where `analyze` has made the graph.
     """
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
@@ -42,7 +42,7 @@ class DependencyGraph:
         starts = torch.tensor([a.start for a in self._all])
         owners = self._group_of[starts].tolist() if starts.numel() else []
         self._number = {g: k for k, g in enumerate(dict.fromkeys(owners))}
-        self.groups = self._build()
+        self.bare = self._build()
 
     def _channels(self, axes: list[Axis]) -> list[Axis]:
         """Without the groups that are no channels, such as the sides of a kernel."""
@@ -53,8 +53,10 @@ class DependencyGraph:
         for pin in self.system.pins:
             if pin.reason != STRUCTURE:
                 structure[pin.atoms] = False
-        channels = {int(self._group_of[a.start]) for a in axes if not bool(structure[a.start])}
-        return [a for a in axes if int(self._group_of[a.start]) in channels]
+        starts = torch.tensor([a.start for a in axes], dtype=torch.int64)
+        owners, bare = self._group_of[starts].tolist(), structure[starts].tolist()
+        channels = {g for g, structural in zip(owners, bare, strict=True) if not structural}
+        return [a for a, g in zip(axes, owners, strict=True) if g in channels]
 
     def _build(self) -> list[Group]:
         groups = [Group(k) for k in range(len(self._number))]
@@ -63,9 +65,14 @@ class DependencyGraph:
         for axis in self._all:
             group = self.group_of(axis, groups)
             group.name = group.name or name_of(axis)
-        self._count(groups)
         self._pin(groups)
         return groups
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The groups with their sizes, what is dead in them, and their multiplications."""
+        self._count(self.bare)
+        return self.bare
 
     def group_of(self, axis: Axis, groups: list[Group] | None = None) -> Group:
         """The group that the channels of an axis are in."""

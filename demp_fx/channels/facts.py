@@ -82,22 +82,24 @@ class Facts:
     def aligned(self, rank: int) -> Facts:
         """With leading dims of size 1, for broadcasting to `rank`."""
         lead = (1,) * (rank - self.known.dim())
-        if not lead:
-            return self
-        return self.map(lambda t: t.reshape(lead + t.shape))
+        return self._reshaped(lead + self.known.shape) if lead else self
 
     def spread(self, rank: int, dim: int) -> Facts:
         """Facts along one axis (1-D) as those of a tensor of `rank`, on `dim`."""
         shape = [1] * rank
         shape[dim] = -1
-        return self.map(lambda t: t.reshape(shape))
+        return self._reshaped(tuple(shape))
+
+    def _reshaped(self, shape: tuple[int, ...]) -> Facts:
+        values = self.values.reshape(2, *shape)
+        return Facts(self.known.reshape(shape), values, self.profile.reshape(shape))
 
     def along(self, dim: int, size: int) -> Facts | None:
         """Facts of the whole slices along `dim` (1-D): known where all their elements agree."""
         if self.known.numel() == 1:
             return self.map(lambda t: t.reshape(1).expand(size))
         if self.known.numel() == self.known.size(dim):
-            return self.map(lambda t: t.reshape(-1))
+            return self._reshaped((-1,))
         known, profile = (t.movedim(dim, 0).flatten(1) for t in (self.known, self.profile))
         values = self.values.movedim(dim + 1, 1).flatten(2)
         agree = (values == values[..., :1]).all(-1).all(0) & (profile == profile[:, :1]).all(-1)
@@ -137,6 +139,9 @@ def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
     """
     if weight.is_meta or weight.numel() == 0:
         return None
+    for d, stride in enumerate(weight.stride()):
+        if stride == 0 and d != dim % weight.dim():  # expanded: the same numbers again
+            weight = weight.narrow(d, 0, 1)
     slices = weight.movedim(dim, 0)
     blank = torch.ones(slices.size(0), dtype=torch.bool, device=weight.device)
     for end in (0, -1):

@@ -8,7 +8,6 @@ nobody needs fills them up.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import fillers
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.constants import carried, dead_at, foldable
 from demp_fx.channels.system import Axis, Edge, Link, Pin, Read, System
 
 
@@ -28,6 +27,8 @@ def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     root = torch.arange(size)
     a = torch.cat([p[0] for p in pairs]) if pairs else root[:0]
     b = torch.cat([p[1] for p in pairs]) if pairs else a
+    apart = (a != b).nonzero().reshape(-1)
+    a, b = a[apart], b[apart]
     tied = torch.zeros(size, dtype=torch.bool)
     tied[a] = tied[b] = True
     atoms = tied.nonzero().reshape(-1)
@@ -90,40 +91,7 @@ class Solution:
 
 
 Indices = npt.NDArray[np.int64]  # numpy indexes small arrays several times faster than torch
-
-
-@dataclass(slots=True)
-class _Step:
-    """A read, edge or link, prepared: any survivor in each of `outputs` keeps `needs`; if it goes
-    in `pairs`, one keeps the need at the same place."""
-
-    outputs: list[Indices]
-    needs: Indices
-    pairs: bool
-
-
-def foldable(system: System) -> dict[int, Facts]:
-    """For each read (by its id) that may fold constants into its weights: the facts it may use.
-
-    A weight that is read twice folds nothing: what one read needs would change the other.
-    """
-    used = Counter(r.fold.weight for r in system.reads if r.fold is not None)
-    biases = Counter(r.fold.bias for r in system.reads if r.fold is not None)
-    return {
-        id(r): r.facts
-        for r in system.reads
-        if r.fold is not None and r.facts is not None
-        and used[r.fold.weight] == 1 and (r.fold.bias is None or biases[r.fold.bias] == 1)
-    }  # fmt: skip
-
-
-def dead_at(read: Read, folds: dict[int, Facts]) -> Tensor | None:
-    """Which inputs a read can do without: zeros, weights of zero, constants that it can fold."""
-    dead = read.silent
-    if read.facts is not None:
-        known = read.facts.known if id(read) in folds else read.facts.zero
-        dead = known if dead is None else dead | known
-    return dead
+Mask = npt.NDArray[np.bool_]
 
 
 def droppable(edge: Edge) -> Tensor | None:
@@ -134,61 +102,140 @@ def droppable(edge: Edge) -> Tensor | None:
 
 def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
     """The least fixpoint; `hard`: ids of edges that are not to be cut."""
-    root = classes(system)
-    if hard:
-        closed = [(root[e.source], root[e.target]) for e in system.edges if id(e) in hard]
-        root = components(system.atoms, closed)[root]
-    keep = torch.zeros(system.atoms, dtype=torch.bool)
-    keep[0] = True
-    for pin in system.pins:
-        if not pin.outputs:
-            keep[root[pin.atoms]] = True
-    folds, roots, mask = foldable(system), root.numpy(), keep.numpy()
-    flow = [*system.flow, *system.links, *(p for p in system.pins if p.outputs)]
-    steps = [_prepare(step, roots, folds) for step in flow if id(step) not in hard]
-    steps.reverse()
-    solution = Solution(system, root, keep, torch.zeros_like(keep), _supplied(system, root, hard))
-    while True:
-        _propagate(steps, mask)
-        if not (_revive(solution) or _complete(solution) or _carry(solution, folds)):
-            return solution.settled()
+    return Solver(system).solve(hard)
 
 
-def _supplied(system: System, root: Tensor, hard: Set[int]) -> Tensor:
-    """Classes whose channels nothing computes but edges that can supply zeros and constants."""
-    made = torch.ones(system.atoms, dtype=torch.bool)
-    if system.blocks or system.links:
-        for edge in system.edges:
-            if edge.kind != "gather" and id(edge) not in hard:
-                made[edge.target] = False
-        made[root[made.nonzero().reshape(-1)]] = True
-    return ~made
+@dataclass(slots=True)
+class _Step:
+    """A read, edge or link: any survivor in each of `outputs` keeps `needs`; if it goes in `pairs`,
+    one keeps the need at the same place."""
+
+    outputs: list[Indices]
+    needs: Indices
+    pairs: bool
 
 
-def _prepare(step: Read | Edge | Link | Pin, root: Indices, folds: dict[int, Facts]) -> _Step:
-    if isinstance(step, Pin):
-        return _Step([root[o.numpy()] for o in step.outputs], root[step.atoms.numpy()], False)
-    if isinstance(step, Link):
-        gates = step.gate.unsqueeze(1).expand(step.rows.shape).reshape(-1)
-        return _Step([root[step.rows.reshape(-1).numpy()]], root[gates.numpy()], True)
-    if isinstance(step, Read):
-        dead = dead_at(step, folds)
-        needs = step.inputs if dead is None else step.inputs[~dead]
-        if step.gate is not None:
-            gates = step.gate if dead is None else step.gate[~dead]
-            return _Step([root[gates.numpy()]], root[needs.numpy()], True)
-        return _Step([root[o.numpy()] for o in step.outputs], root[needs.numpy()], False)
-    free = droppable(step)
-    source, target = step.source, step.target
-    if free is not None:
-        source, target = source[~free], target[~free]
-    return _Step([root[target.numpy()]], root[source.numpy()], True)
+class Solver:
+    """A system, made ready to be solved several times with other edges closed."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.folds = foldable(system)
+        flow = [*system.flow, *system.links, *(p for p in system.pins if p.outputs)]
+        steps = [(id(step), *self._needs(step)) for step in reversed(flow)]
+        self.steps = [step for step in steps if step[2].numel()]
+        self.atoms = _joined([a for _, outputs, needs, _ in self.steps for a in (*outputs, needs)])
+        self.open = [e for e in system.edges if e.kind != "gather"]
+        self.sides = [_joined(side) for side in
+                      ([e.source for e in self.open], [e.target for e in self.open])]  # fmt: skip
+        ends = np.cumsum([0, *(e.source.numel() for e in self.open)])
+        self.starts = ends[:-1]
+        axes = [(axis.start - 1, axis.stop - 1) for axis in system.axes]
+        self.axes = np.array(axes, dtype=np.int64).reshape(-1, 2)
+        self.carried = carried(system, self.folds)
+
+    def solve(self, hard: Set[int] = frozenset()) -> Solution:
+        """The least fixpoint, those edges closed whose ids are `hard`."""
+        system, root = self.system, classes(self.system)
+        if hard:
+            closed = [(root[e.source], root[e.target]) for e in system.edges if id(e) in hard]
+            root = components(system.atoms, closed)[root]
+        keep = torch.zeros(system.atoms, dtype=torch.bool)
+        keep[0] = True
+        for pin in system.pins:
+            if not pin.outputs:
+                keep[root[pin.atoms]] = True
+        fill, supplied = torch.zeros_like(keep), self._supplied(root, hard)
+        solution = Solution(system, root, keep, fill, supplied)
+        steps, mask = self._steps(root.numpy(), hard), keep.numpy()
+        while True:
+            _propagate(steps, mask)
+            if not (self._revive(solution) or _complete(solution) or self._carry(solution)):
+                return solution.settled()
+
+    def _needs(self, step: Read | Edge | Link | Pin) -> tuple[list[Tensor], Tensor, bool]:
+        if isinstance(step, Pin):
+            return list(step.outputs), step.atoms, False
+        if isinstance(step, Link):
+            gates = step.gate.unsqueeze(1).expand(step.rows.shape).reshape(-1)
+            return [step.rows.reshape(-1)], gates, True
+        if isinstance(step, Read):
+            dead = dead_at(step, self.folds)
+            needs = step.inputs if dead is None else step.inputs[~dead]
+            if step.gate is not None:
+                return [step.gate if dead is None else step.gate[~dead]], needs, True
+            return list(step.outputs), needs, False
+        free = droppable(step)
+        if free is None:
+            return [step.target], step.source, True
+        return [step.target[~free]], step.source[~free], True
+
+    def _steps(self, root: Indices, hard: Set[int]) -> list[_Step]:
+        """The steps on classes instead of atoms, in reverse order of execution."""
+        there, at, found = root[self.atoms], 0, []
+        for number, outputs, needs, pairs in self.steps:
+            parts = []
+            for atoms in (*outputs, needs):
+                parts.append(there[at : at + atoms.numel()])
+                at += atoms.numel()
+            if number not in hard:
+                found.append(_Step(parts[:-1], parts[-1], pairs))
+        return found
+
+    def _supplied(self, root: Tensor, hard: Set[int]) -> Tensor:
+        """Classes whose channels nothing computes but edges that can supply zeros and constants."""
+        made = torch.ones(self.system.atoms, dtype=torch.bool)
+        if self.system.blocks or self.system.links:
+            for edge in self.open:
+                if id(edge) not in hard:
+                    made[edge.target] = False
+            made[root[made.nonzero().reshape(-1)]] = True
+        return ~made
+
+    def _revive(self, solution: Solution) -> bool:
+        """Keep one channel of every axis: torch refuses layers of width zero. Where nothing
+        needs to cross an edge, one of the channels behind it does."""
+        kept, found = (solution.keep | solution.fill)[solution.root].numpy(), False
+        if self.open:
+            before, after = (kept[side] for side in self.sides)
+            crossed = np.logical_or.reduceat(before & after, self.starts)
+            for k in (~crossed & np.logical_or.reduceat(after, self.starts)).nonzero()[0].tolist():
+                edge = self.open[k]
+                behind = solution.kept(edge.target)
+                if not bool((behind & solution.kept(edge.source)).any()):
+                    solution.keep[solution.root[edge.source[behind][0]]] = found = True
+            if found:
+                kept = (solution.keep | solution.fill)[solution.root].numpy()
+        count = kept.cumsum()
+        for k in (count[self.axes[:, 1]] == count[self.axes[:, 0]]).nonzero()[0].tolist():
+            atom, found = solution.root[self.system.axes[k].start], True
+            if not bool(solution.keep[atom]):
+                solution.keep[atom] = True
+                solution.revived.append(self.system.axes[k])
+        return found
+
+    def _carry(self, solution: Solution) -> bool:
+        """Keep the carriers: constants that no bias can take are folded into a few that stay."""
+        found, root = False, solution.root.numpy()
+        keep, fill = solution.keep.numpy(), solution.fill.numpy()
+        for constants in self.carried:
+            if all(bool(solution.kept(o).any()) for o in constants.read.outputs):
+                roots = root[constants.atoms]
+                wanted = constants.missing(keep[roots] | fill[roots])
+                if wanted is not None:
+                    keep[root[wanted]] = found = True
+        return found
 
 
-def _propagate(steps: list[_Step], keep: npt.NDArray[np.bool_]) -> None:
+def _joined(parts: list[Tensor]) -> Indices:
+    joined: Indices = torch.cat(parts or [torch.zeros(0, dtype=torch.int64)]).numpy()
+    return joined
+
+
+def _propagate(steps: list[_Step], keep: Mask) -> None:
     """Run every step until nothing changes. Steps are in reverse order of execution, so that need
     flows backward through the whole network in one sweep."""
-    waiting, changed = [step for step in steps if step.needs.size], True
+    waiting, changed = steps, True
     while changed:
         changed, later = False, []
         for step in waiting:
@@ -218,79 +265,3 @@ def _complete(solution: Solution) -> bool:
     for blocks in solution.system.blocks:
         solution.add(blocks.atoms[fillers(solution.kept(blocks.atoms))])
     return int(solution.keep.sum()) + int(solution.fill.sum()) > before
-
-
-def _revive(solution: Solution) -> bool:
-    """Keep one channel of every axis: torch refuses layers of width zero. Where nothing
-    needs to cross an edge, one of the channels behind it does."""
-    found = False
-    for edge in solution.system.edges:
-        after = solution.kept(edge.target) if edge.kind != "gather" else None
-        if after is None or bool((after & solution.kept(edge.source)).any()):
-            continue
-        if bool(after.any()):
-            solution.keep[solution.root[edge.source[after][0]]] = found = True
-    axes = solution.system.axes
-    count = (solution.keep | solution.fill)[solution.root].to(torch.int64).cumsum(0)
-    ends = torch.tensor([(axis.start - 1, axis.stop - 1) for axis in axes]).reshape(-1, 2)
-    empty = (count[ends[:, 1]] == count[ends[:, 0]]).nonzero().reshape(-1).tolist()
-    for k in empty:
-        atom = solution.root[axes[k].start]
-        if not bool(solution.keep[atom]):
-            solution.keep[atom] = True
-            solution.revived.append(axes[k])
-    return found or bool(empty)
-
-
-def _carry(solution: Solution, folds: dict[int, Facts]) -> bool:
-    """Keep the carriers: constants that no bias can take are folded into a few that stay."""
-    found = False
-    for read in solution.system.reads:
-        facts = folds.get(id(read))
-        if facts is None or not all(bool(solution.kept(o).any()) for o in read.outputs):
-            continue
-        wanted = missing_carrier(read, facts, solution.kept(read.inputs))
-        if wanted is not None:
-            solution.keep[solution.root[read.inputs[wanted]]] = True
-            found = True
-    return found
-
-
-def by_bias(read: Read, facts: Facts) -> Tensor:
-    """Which constants the bias behind a read can take: flat ones, the same in both modes."""
-    if read.fold is None or read.fold.bias is None or read.fold.padded:
-        return torch.zeros_like(facts.known)
-    return facts.constant & facts.steady
-
-
-def missing_carrier(read: Read, facts: Facts, kept: Tensor) -> int | None:
-    """A channel that must stay so that the dropped constants are a combination of kept ones.
-
-    A constant is a pair (its value in eval, in train mode): of each spatial profile at most two
-    independent ones are needed.
-    """
-    rest = facts.constant & ~by_bias(read, facts)
-    if read.silent is not None:
-        rest &= ~read.silent
-    for profile in facts.profile[rest & ~kept].unique().tolist():
-        here = rest & (facts.profile == profile)
-        basis = independent(facts.values[:, here & kept])
-        if basis == independent(facts.values[:, here]):
-            continue
-        size = torch.where(here & ~kept, facts.values.abs().sum(0), -1.0)
-        for index in size.argsort(descending=True).tolist():
-            chosen = here & kept
-            chosen[index] = True
-            if independent(facts.values[:, chosen]) > basis:
-                return int(index)
-    return None
-
-
-def independent(values: Tensor) -> int:
-    """The rank of a (2, n) matrix, up to rounding."""
-    if values.numel() == 0:
-        return 0
-    steady = values[0] == values[1]
-    if bool(steady.all()):
-        return int(bool((values != 0).any()))
-    return int(torch.linalg.matrix_rank(values, rtol=1e-9))

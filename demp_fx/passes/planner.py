@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.chains import tensors_of
+from demp_fx.channels.constants import by_bias, foldable, independent
 from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
-from demp_fx.channels.solve import Solution, by_bias, foldable, independent
+from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.walk import SIZES, Walk
 from demp_fx.passes.count import counts
@@ -346,7 +347,7 @@ def _basis(values: Tensor, among: Tensor) -> list[int]:
     size = torch.where(among, values.abs().sum(0), -1.0)
     chosen: list[int] = []
     for index in size.argsort(descending=True)[: int(among.sum())].tolist():
-        if independent(values[:, [*chosen, index]]) > len(chosen):
+        if independent(values[:, [*chosen, index]].numpy()) > len(chosen):
             chosen.append(index)
         if len(chosen) == 2:
             break

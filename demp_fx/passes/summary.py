@@ -88,7 +88,7 @@ def _known(walk: Walk) -> int:
 
 
 def _pinned(walk: Walk, solution: Solution) -> list[Pinned]:
-    groups = DependencyGraph(walk.system, solution, set(walk.params)).groups
+    groups = DependencyGraph(walk.system, solution, set(walk.params)).bare
     return [
         Pinned(reason=pin.reason, op=pin.op, node=pin.node, source=pin.source,
                members=[f"{m.name}[{m.dim}]" for m in group.members], channels=pin.channels)

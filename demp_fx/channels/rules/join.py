@@ -97,17 +97,14 @@ def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
 
 
 def _stacked_facts(found: list[Facts | None], rank: int, dim: int) -> Facts | None:
-    known = [f for f in found if f is not None]
-    if not known:
+    if all(f is None for f in found):
         return None
     filled = same_place([_unknown(rank) if f is None else f.aligned(rank) for f in found])
-    values = torch.stack([torch.stack([f.values[m] for f in filled], dim) for m in (0, 1)])
-    return compressed(
-        Facts(
-            torch.stack([f.known for f in filled], dim), values,
-            torch.stack([f.profile for f in filled], dim),
-        )
-    )  # fmt: skip
+    known, evaluated, trained, profile = (
+        torch.stack(parts, dim)
+        for parts in zip(*((f.known, *f.values, f.profile) for f in filled), strict=True)
+    )
+    return compressed(known, evaluated, trained, profile)
 
 
 def _unknown(rank: int) -> Facts:

@@ -25,6 +25,8 @@ REARRANGE = {"aten::flip", "aten::roll", "aten::repeat", "aten::pixel_shuffle", 
              "aten::_unsafe_view", "aten::unbind", "aten::tril", "aten::triu"}  # fmt: skip
 REPEATS = {*RESHAPES, "aten::repeat"}
 PICKS = {"aten::index_select", "aten::index"}
+PERMUTES = {"aten::t", "aten::transpose", "aten::permute", "aten::unsqueeze", "aten::alias",
+            "aten::detach", "aten::numpy_T"}  # fmt: skip
 SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
           "aten::unbind", "aten::chunk"}  # fmt: skip
 
@@ -45,12 +47,13 @@ def move(walk: Stream, call: Call) -> None:
             if name in PICKS and isinstance(call.args[1], int):
                 dim, index = call.args[1:3]
                 return [t if t.size(dim) == 1 else t.index_select(dim, index)]
-            result = call.op(t.expand(tensor.shape), *call.args[1:], **call.kwargs)
+            whole = t if name in PERMUTES else t.expand(tensor.shape)
+            result = call.op(whole, *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
     walk.moves += 1
     results = [apply(label) for label in value.labels]
-    facts = _facts(value.facts, apply, len(call.outputs)) if walk.with_facts else None
+    facts = _facts(value.facts, apply) if walk.with_facts else None
     real: list[Tensor | None] = [None] * len(call.outputs)
     if value.data is not None and call.op.is_view:
         real = list(_real(call, value.data))
@@ -108,31 +111,26 @@ def _repeats(old: Tensor, new: Tensor) -> bool:
     return _equal(old.repeat_interleave(times), new) or _equal(old.repeat(times), new)
 
 
-def _facts(
-    facts: Facts | None, apply: Callable[[Tensor], list[Tensor]], count: int
-) -> list[Facts | None] | None:
+def _facts(facts: Facts | None, apply: Callable[[Tensor], list[Tensor]]) -> list[Facts] | None:
     if facts is None:
         return None
-    known, profile = apply(facts.known), apply(facts.profile)
-    values = [apply(facts.values[mode]) for mode in (0, 1)]
-    return [
-        compressed(Facts(known[k], torch.stack([values[0][k], values[1][k]]), profile[k]))
-        for k in range(count)
-    ]
+    parts = (facts.known, facts.values[0], facts.values[1], facts.profile)
+    return [compressed(*moved) for moved in zip(*map(apply, parts), strict=True)]
 
 
-def compressed(facts: Facts) -> Facts:
-    """Size 1 along every dim where no fact varies."""
-    for d in range(facts.known.dim()):
-        if facts.known.size(d) > 1:
-            first = facts.map(lambda t, d=d: t.narrow(d, 0, 1))  # type: ignore[misc]
-            if (
-                bool((facts.known == first.known).all())
-                and bool((facts.profile == first.profile).all())
-                and bool((facts.values == first.values).all())
+def compressed(known: Tensor, evaluated: Tensor, trained: Tensor, profile: Tensor) -> Facts:
+    """Facts of size 1 along every dim where none varies. Strides are asked before values."""
+    parts = [known, evaluated, trained, profile]
+    for d in range(known.dim()):
+        if known.size(d) > 1:
+            first = [t.narrow(d, 0, 1) for t in parts]
+            if all(
+                t.stride(d) == 0 or bool((t == one).all())
+                for t, one in zip(parts, first, strict=True)
             ):
-                facts = first
-    return facts
+                parts = first
+    known, evaluated, trained, profile = parts
+    return Facts(known, torch.stack([evaluated, trained]), profile)
 
 
 def _real(call: Call, data: Tensor) -> list[Tensor]:
