@@ -17,8 +17,10 @@ from demp_fx.channels.custom import FunctionOp, written
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import as_meta, on_zeros
+from demp_fx.channels.shares import gives_shares
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
+from demp_fx.channels.writes import Write
 from demp_fx.errors import DempError
 from demp_fx.tracing.functions import Apply
 
@@ -51,10 +53,11 @@ class Stream(TorchDispatchMode):
         self.activations: dict[str, int] = {}
         self.site = Site("", "")
         self.names: dict[int, tuple[str, Tensor]] = {}
-        self.versions: dict[int, int] = {}
+        self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
         self.quiet = False
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
+        self.masked = False  # whether the node that runs takes a mask that depends on the input
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,
@@ -90,7 +93,8 @@ class Stream(TorchDispatchMode):
         call = Call(func, args, kwargs, out, site)
         for tensor in written(func, args, kwargs):
             storage = tensor.untyped_storage()._cdata
-            self.versions[storage] = self.versions.get(storage, 0) + 1
+            write = Write.by(func, args, tensor)
+            self.writes[storage] = (*self.writes.get(storage, ()), write)
         self._meet(call)
         return out
 
@@ -133,11 +137,11 @@ class Stream(TorchDispatchMode):
 
     def _meet(self, call: Call) -> None:
         """Apply the rule of a call if anything is known of what goes into it."""
-        for tensor in call.tensors:
-            value = self.value(tensor)
-            if value.labels or value.known is not None:
-                self._apply(call)
-                return
+        values = [self.value(tensor) for tensor in call.tensors]
+        if any(value.labels or value.known is not None for value in values):
+            self._apply(call)
+        if values and gives_shares(call, values[0], self.masked):
+            self.value(call.outputs[0]).shares = True
 
     def _apply(self, call: Call) -> None:
         self.applied += 1
@@ -258,4 +262,5 @@ class Stream(TorchDispatchMode):
         return axes[lo] if torch.equal(flat, axes[lo].atoms) else None
 
     def version(self, tensor: Tensor) -> int:
-        return self.versions.get(tensor.untyped_storage()._cdata, 0) if self.versions else 0
+        """How often what a tensor holds was changed in place."""
+        return len(self.writes.get(tensor.untyped_storage()._cdata, ())) if self.writes else 0

@@ -194,6 +194,8 @@ class System:
     root: Tensor | None = None
     atoms: int = 1
     macs: int = 0
+    _fixed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    _seen: int = 0  # of how many pins `_fixed` tells
 
     @property
     def reads(self) -> list[Read]:
@@ -214,6 +216,16 @@ class System:
         """Tie two label tensors of one shape; where one has no atom, the other one is pinned."""
         if a is not b:
             self.sames.append(Same(a.reshape(-1), b.reshape(-1), site))
+
+    def is_fixed(self, atoms: Tensor) -> bool:
+        """Whether each of these atoms has been pinned, so far."""
+        if self._fixed.numel() < self.atoms:
+            self._fixed, self._seen = torch.zeros(2 * self.atoms, dtype=torch.bool), 0
+        for pin in self.pins[self._seen :]:
+            if not pin.outputs:
+                self._fixed[pin.atoms] = True
+        self._seen = len(self.pins)
+        return bool(self._fixed[atoms].all())
 
     def multiply(self, macs: int, *sides: Tensor) -> None:
         """Count multiplications, with the labels of the axes that they shrink with."""
@@ -242,6 +254,7 @@ class System:
         *lengths, self.macs = mark
         for recorded, length in zip(self._lists, lengths, strict=True):
             del recorded[length:]
+        self._fixed = self._fixed[:0]
 
     def close(self) -> None:
         """Join all that was tied; where one side has no atom, pin the other one instead."""

@@ -21,6 +21,7 @@ class Value:
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
     are its numbers, read when they are asked for; `matrix`: they are the rows that are all zero.
+    `shares`: it sums to one along its last dim.
     """
 
     labels: Labels = ()
@@ -29,6 +30,7 @@ class Value:
     version: int = 0
     vector: bool = False
     matrix: bool = False
+    shares: bool = False
 
     @property
     def facts(self) -> Facts | None:

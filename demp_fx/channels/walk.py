@@ -27,6 +27,7 @@ from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, witho
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
 from demp_fx.channels.value import Value
+from demp_fx.channels.writes import filled
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.tracing.functions import Apply
@@ -34,6 +35,7 @@ from demp_fx.tracing.functions import Apply
 aten = torch.ops.aten
 IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}
 SUMS = {operator.add, torch.add, "add", aten.add.Tensor, *IN_PLACE_SUMS}
+CHANGED = "it is changed in place while others read it"
 SIZES = {getattr, "size", "dim", "numel", "ndimension", aten.sym_size.int}
 
 
@@ -67,6 +69,7 @@ class Walk(Stream):
         self.real: Callable[[], AbstractContextManager[None]] = nullcontext
         self.cut_at: dict[int, int] = {}
         self.exits: set[fx.Node] = set()
+        self.given: set[fx.Node] = set()  # inputs, and what depends on them
         self.chains = Chains(graph, self.env)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
@@ -82,6 +85,8 @@ class Walk(Stream):
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 self.site = Site(str(node.op), node.name, node.meta.get("source"))
+                if node.op == "placeholder" or any(n in self.given for n in node.all_input_nodes):
+                    self.given.add(node)
                 if node.op == "placeholder":
                     self.env[node] = placeholder(node, feed, example.kwargs)
                 elif node.op == "output":
@@ -103,16 +108,16 @@ class Walk(Stream):
         if not self.labelled:
             return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
         self._pin_cropped(node)
-        start, versions = self.system.mark(), dict(self.versions)
+        start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
         again = set(self._lost(start, before, out)) if self.with_facts else set()
         if self.splits or self.unfit:
             again |= {n for n, value in before.items() if value.labels and n.op != "get_attr"}
-        if again and (self.versions == versions or all(map(self._is_last_use, again))):
+        if again and (self.writes == writes or all(map(self._is_last_use, again))):
             self.system.forget(start)
-            self.versions = versions
+            self.writes = writes
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
             entered = {n: self._enter(n, node, n in again) for n in node.all_input_nodes}
@@ -121,8 +126,8 @@ class Walk(Stream):
         if self.opens:
             self.exits.add(node)
         self._shapes(node)
-        if self.versions != versions:
-            self._close(node, start, versions)
+        if self.writes != writes:
+            self._close(node, start, writes)
         if node.name in self.observed and isinstance(out, Tensor) and out.dim() > 1:
             dim, seen = self.observed[node.name]
             value = self.value(out)
@@ -172,6 +177,7 @@ class Walk(Stream):
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
         self.counted = takes_average(node, self.graph)
+        self.masked = any(n in self.given for n in node.all_input_nodes[3:])
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         start = self.system.mark()
@@ -220,7 +226,7 @@ class Walk(Stream):
         source = node.args[0] if node.args else None
         tensor = self.env[source] if isinstance(source, fx.Node) else None
         if isinstance(tensor, Tensor) and (labels := self.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim())
+            dims = cropped_dims(node, tensor.dim(), self.given)
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
@@ -238,10 +244,9 @@ class Walk(Stream):
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or user.target in SIZES:
             return tensor
         value = self.value(tensor)
-        if not value.labels:
-            return tensor
         if value.version != self.version(tensor):
             self._stale(n, value)
+        if not value.labels or value.version != self.version(tensor):
             return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum")
@@ -317,9 +322,9 @@ class Walk(Stream):
             if other is not n
         )
 
-    def _close(self, node: fx.Node, start: Mark, before: Mapping[int, int]) -> None:
+    def _close(self, node: fx.Node, start: Mark, before: Mapping[int, Any]) -> None:
         """No cut before a write that others will see: it would go to a copy."""
-        written = {k for k, v in self.versions.items() if before.get(k) != v}
+        written = {k for k, v in self.writes.items() if before.get(k) != v}
         names = {n.name: n for n in node.all_input_nodes}
         for edge in self.system.since(start):
             if isinstance(edge, Edge):
@@ -346,14 +351,25 @@ class Walk(Stream):
         return len(p) == len(q) == 1 and varying(p[0]) == varying(q[0]) and len(varying(p[0])) == 1
 
     def _stale(self, n: fx.Node, value: Value) -> None:
-        """`n` was changed in place through another name: nothing about it can be relied on."""
-        reason = "it is changed in place while others read it"
-        for edge in self.system.edges:
-            if edge.producer == n.name:
-                self.system.pin(edge.target, reason, self.site)
-        for label in value.labels:
-            self.system.pin(label, reason, self.site)
-        value.known = None
+        """`n` was changed in place through another name. Where that put one number everywhere, it
+        is known what `n` holds now; else nothing about it can be relied on."""
+        tensor: Tensor = self.env[n]
+        storage = tensor.untyped_storage()._cdata
+        writes = self.writes[storage][value.version :]
+        shared = {other.name for other, t in self.env.items()
+                  if isinstance(t, Tensor) and t.untyped_storage()._cdata == storage}  # fmt: skip
+        fills = all(write.number is not None for write in writes)
+        for edge in self.system.edges:  # no cut on the way: the write would go to a copy
+            if edge.producer in shared and fills:
+                self.system.same(edge.source, edge.target, self.site)
+            elif edge.producer == n.name:
+                self.system.pin(edge.target, CHANGED, self.site)
+        for label in () if fills else value.labels:
+            self.system.pin(label, CHANGED, self.site)
+        value.known = filled(value.facts, tensor, writes) if fills else None
+        value.vector = value.matrix = False
+        if fills:
+            value.version = self.version(tensor)
 
 
 def _as_tensors(index: Any) -> Any:

@@ -16,6 +16,36 @@ def constants(
     read: Read | None,
 ) -> Facts | None:  # fmt: skip
     """Outputs that depend on constants only: their weights on every unknown input are zero."""
+    found = _computed(walk, a, b, result, bias, padded, read)
+    average = _averaged(walk, a, b, result) if bias is None else None
+    return found if average is None else average.under(found)
+
+
+def _averaged(walk: Stream, a: Operand, b: Operand, result: str) -> Facts | None:
+    """Constants of `b` that do not vary along the summed dim, where `a` holds shares along it."""
+    summed = a.letters[-1]
+    facts = walk.value(b.tensor).facts
+    if facts is None or not walk.value(a.tensor).shares or summed in result:
+        return None
+    facts = facts.aligned(len(b.letters))
+    first = facts.map(lambda t: t.narrow(b.dim(summed), 0, 1))
+    flat = first.flat & (facts.flat & (facts.values == first.values).all(0)).all(
+        b.dim(summed), keepdim=True
+    )
+    order = [b.dim(x) for x in result if x in b.letters] + [b.dim(summed)]
+
+    def placed(t: Tensor) -> Tensor:
+        sizes = iter(t.permute(order).shape)
+        return t.permute(order).reshape([next(sizes) if x in b.letters else 1 for x in result])
+
+    known = placed(flat)
+    return Facts.of(known, torch.stack([placed(first.values[mode]) for mode in (0, 1)]))
+
+
+def _computed(
+    walk: Stream, a: Operand, b: Operand, result: str, bias: Tensor | None, padded: bool,
+    read: Read | None,
+) -> Facts | None:  # fmt: skip
     summed = next(iter((set(a.letters) & set(b.letters)) - set(result)), None)
     kept = next((x for x in b.letters if x in result and x not in a.letters), None)
     weight = walk.value(b.tensor).data

@@ -64,11 +64,14 @@ def move(walk: Stream, call: Call) -> None:
                 if before.numel() > 1:
                     walk.pin(call, after, "a single channel is taken")
                 continue
+            fitting = fits(walk, before, after, call)
+            if not fitting and len(value.labels) > 1 and walk.system.is_fixed(before):
+                continue  # it stays anyway: the others need not be moved with it
             labels.append(after)
             walk.merged |= after.numel() > before.numel()
             if len(varying(after)) > 1:
                 walk.shaped.append(after)
-            if not fits(walk, before, after, call):
+            if not fitting:
                 walk.unfit.append((before, f"{name} rearranges channels"))
         walk.give(out, tuple(labels), facts[k] if facts else None, real[k], moved=True)
 

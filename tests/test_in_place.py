@@ -1,0 +1,110 @@
+"""Values that are written in place through another name, and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import demp_fx
+
+
+class Rewritten(nn.Module):
+    """A linear layer whose bias is a copy that `write` changes first."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+        self.weight = nn.Parameter(torch.randn(12, 5))
+        self.bias = nn.Parameter(torch.randn(12))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.clone()
+        self.write(bias)
+        hidden: Tensor = F.linear(x, self.weight, bias)
+        result: Tensor = self.head(hidden.relu())
+        return result
+
+
+def _zero_the_middle(bias: Tensor) -> None:
+    third = bias.numel() // 3
+    bias[third : 2 * third].zero_()
+
+
+def _fill_twice(bias: Tensor) -> None:
+    bias.view(3, 4)[1].fill_(-1.0)
+    bias[:2].fill_(0.0)
+
+
+def _narrow(net: Rewritten, cuts: str = "always") -> tuple[nn.Module, Tensor]:
+    net = net.double().eval()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    return demp_fx.compile(net, (x,), cuts=cuts).module, x
+
+
+@pytest.mark.parametrize("write", [_zero_the_middle, _fill_twice])
+def test_a_row_is_dead_where_zero_was_written_into_its_bias(
+    write: Callable[[Tensor], object],
+) -> None:
+    torch.manual_seed(0)
+    net = Rewritten(write)
+    with torch.no_grad():
+        net.weight[:] = 0  # then each unit is its bias alone
+    narrow, x = _narrow(net)
+    assert narrow.get_submodule("head").weight.shape == (3, 1)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_was_written_over_is_no_longer_what_it_was() -> None:
+    torch.manual_seed(1)
+    net = Rewritten(lambda bias: bias[4:8].fill_(2.0))
+    with torch.no_grad():
+        net.weight[2:10] = 0
+        net.bias[2:10] = 0  # dead, but for the four that are written
+    narrow, x = _narrow(net)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_submodule("head").weight.shape == (3, 4)
+
+
+def test_rows_go_with_their_places_in_a_slice_that_is_written() -> None:
+    torch.manual_seed(2)
+    net = Rewritten(_zero_the_middle)
+    with torch.no_grad():
+        for start in (0, 4, 8):  # as many in each third
+            net.head.weight[:, start + 1 : start + 3] = 0
+    narrow, x = _narrow(net)
+    assert narrow.weight.shape == (6, 5)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_write_that_is_not_one_number_keeps_everything() -> None:
+    torch.manual_seed(3)
+    net = Rewritten(lambda bias: bias[4:8].add_(bias[:4]))
+    with torch.no_grad():
+        net.weight[2:10] = 0
+        net.bias[2:10] = 0
+    narrow, x = _narrow(net)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_buffer_without_channels_that_is_written_over() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = torch.zeros(1)
+            gate[0:].fill_(3.0)
+            result: Tensor = self.b(self.a(x) * gate)
+            return result
+
+    torch.manual_seed(4)
+    net = Gate().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,)).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
