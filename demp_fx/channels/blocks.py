@@ -108,9 +108,11 @@ def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], dict[i
     blocks = kept.permute(*order, *[d for d in range(kept.dim()) if d not in order])
     blocks = blocks.reshape(1, *[kept.size(d) for d in order])
     for d in order:
+        if blocks.size(0) == 0:  # nothing is left to be in blocks
+            return None
         alive = blocks.reshape(*blocks.shape[:2], -1).any(-1)
         counts = alive.sum(1)
-        if alive.size(0) == 0 or int(counts.min()) != int(counts.max()):
+        if int(counts.min()) != int(counts.max()):
             return None
         masks[d] = alive[0]
         if not bool((alive == alive[0]).all()):
