@@ -84,7 +84,10 @@ def removable(
     bound = Bound(total=sum(p.numel() for p in model.parameters()))
     for name, p in model.named_parameters():
         view = watch.views.get(name)
-        bound.kept[name] = others.needed(name, p) if view is None else view.needed(observed)
+        needs = [] if view is None else [view.needed(observed)]
+        if view is None or name in others.tables:  # a head that is tied to its embedding is both
+            needs.append(others.needed(name, p))
+        bound.kept[name] = max(needs)
         if view is not None and view.bias is not None:
             watch.biases.setdefault(view.bias, view)
     for name, view in watch.biases.items():
@@ -104,7 +107,7 @@ def _run(model: nn.Module, x: Arguments, watch: _Watch, others: _Others) -> None
     leaves = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
     if leaves:
         torch.autograd.backward([(t * torch.randn_like(t)).sum() for t in leaves])
-    for name in watch.views:
+    for name in watch.views.keys() - others.tables:
         model.get_parameter(name).requires_grad_(False)
     others.collect()
 
