@@ -162,6 +162,13 @@ def test_what_the_original_does_not_run_is_not_held_against_the_result() -> None
     assert is_exact(GOOD | {"train_error": "the original: ValueError: one value per channel"})
 
 
+def test_a_network_that_decides_by_sizes_is_held_to_the_size_it_was_traced_at() -> None:
+    decided = {"resized_error": 0.01, "decided": ["traced: a.py:3: `if x > 3:` followed for ..."]}
+    assert is_exact(GOOD | decided)
+    assert not is_exact(GOOD | {"resized_error": 0.01, "decided": []})
+    assert not is_exact(GOOD | decided | {"eval_error": 0.01})
+
+
 def test_the_summary_counts() -> None:
     rows = [
         {"network": "a", "suite": "s", "deaths": "zero",

@@ -36,6 +36,7 @@ from tests.zoo import oracle
 REASONS = 6
 STEADY = 1e-11  # beyond this, rounding alone makes train mode another one
 REPEATED_BELOW = 0.5  # seconds: what is quicker is timed three times, and the median taken
+BY_SIZES = "followed for the example inputs' sizes"  # how reports end on what code decided by them
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -106,6 +107,7 @@ def _compiled(model: nn.Module, inputs: Inputs, cuts: Any, send: Send) -> nn.Mod
         "removed": report.params_before - parameters(result.module),
         "front_end": "export" if getattr(notes, "exported", "") else "symbolic",
         "opaque": report.opaque,
+        "decided": [a for a in report.assumptions if a.endswith(BY_SIZES)],
         "pinned": _reasons(report.pinned),
     })  # fmt: skip
     return result.module

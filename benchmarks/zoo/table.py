@@ -18,10 +18,13 @@ def is_traced(part: Row) -> bool:
 
 
 def is_exact(part: Row) -> bool:
-    """Equal in eval mode, for another batch size and resolution; in train mode too, where that was
-    compared; and its backward pass gives finite gradients."""
+    """Equal in eval mode, for another batch size and resolution (unless the report said that the
+    network's code decides by sizes); in train mode too, where that was compared; and its backward
+    pass gives finite gradients."""
     errors = [(part.get("eval_error"), EVAL_ERROR)]
     limits = {"resized_error": EVAL_ERROR, "train_error": TRAIN_ERROR}
+    if part.get("decided"):
+        del limits["resized_error"]
     errors += [(part[key], limit) for key, limit in limits.items() if key in part]
     return (
         all(_small(value, limit) for value, limit in errors)
@@ -116,7 +119,7 @@ def _cells(row: Row) -> list[str]:
         row["network"] + (f" ({row['reduced']})" if row.get("reduced") else ""),
         _millions(ours.get("params")),
         traced + partly,
-        "yes" if is_traced(ours) and is_exact(ours) else "NO",
+        _exactness(ours),
         _error(ours.get("eval_error")),
         _error(ours.get("train_error")),
         f"{_millions(ours.get('removed'))} / {_millions(ours.get('removable'))}",
@@ -128,6 +131,12 @@ def _cells(row: Row) -> list[str]:
         _seconds(peer.get("seconds")),
         "" if time_ratio(row) is None else f"{time_ratio(row):.2f}",
     ]
+
+
+def _exactness(ours: Row) -> str:
+    if not (is_traced(ours) and is_exact(ours)):
+        return "NO"
+    return "yes" if is_exact({**ours, "decided": []}) else "at its size"
 
 
 def _millions(count: int | None) -> str:
@@ -153,6 +162,9 @@ def _troubles(row: Row) -> list[str]:
     found += [
         f"left whole: {name}: {why}" for name, why in list(ours.get("opaque", {}).items())[:3]
     ]
+    if _exactness(ours) == "at its size":
+        error = ours["resized_error"]
+        found.append(f"at another size: {error}; as reported, {', '.join(ours['decided'])}")
     part = share(row)
     if part is not None and part < ENOUGH:
         found += [f"stays: {reason}" for reason in ours.get("pinned", [])]
