@@ -21,6 +21,7 @@ from demp_fx.passes.observe import batches as read_batches
 from demp_fx.passes.observe import observe
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.summary import summarize
+from demp_fx.passes.verify import followed_mode
 from demp_fx.passes.verify import verify as verify_pass
 from demp_fx.report.model import CompileReport
 from demp_fx.trace import trace
@@ -105,6 +106,9 @@ def compile(
                 model, module, probe, observed=samples > 0, train=train,
                 folded=bool(plan.folds) or any(s.shift for s in plan.sums),
             )  # fmt: skip
+        if train and report.verification.train_error is None and followed_mode(module):
+            lines = "; ".join(followed_mode(module))
+            report.warnings.append(f"not compared in both modes: the original's code asks: {lines}")
     if optimizer is not None:
         with clock("optimizer"):
             repoint(optimizer, model, module, plan)

@@ -409,6 +409,31 @@ def test_wrapped_functions_are_looked_through_where_possible() -> None:
     torch.testing.assert_close(graph(X), Wrapped()(X), rtol=0, atol=0)
 
 
+def test_wrapped_functions_may_return_several_values() -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y, rank = with_rank(x)
+            window, shift = sizes(y.shape[-1], [2, 1])
+            return y.roll(shift, -1) * rank + window[0]
+
+    graph = demp_fx.trace(Wrapped(), X)
+    assert with_rank not in targets(graph)
+    assert sizes not in targets(graph)
+    torch.testing.assert_close(graph(X), Wrapped()(X), rtol=0, atol=0)
+
+
+@fx.wrap
+def with_rank(x: Tensor) -> tuple[Tensor, int]:
+    return x + 1, x.dim()
+
+
+@fx.wrap
+def sizes(width: int, window: list[int]) -> tuple[list[int], int]:
+    if width > 2:
+        window[0] = width
+    return window, window[1]
+
+
 @fx.wrap
 def traceable(x: Tensor) -> Tensor:
     return x * 2 if x.ndim == 2 else x

@@ -184,7 +184,7 @@ class Walk(Stream):
         try:
             with self:
                 if node.op == "call_module":
-                    return self.graph.get_submodule(str(node.target))(*args, **kwargs)
+                    return self._module(self.graph.get_submodule(str(node.target)), args, kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -202,6 +202,27 @@ class Walk(Stream):
                 f"the example inputs do not run through the model: node {node.name!r} "
                 f"({node.target}){where} refuses inputs of shape {shapes}: {error}",
             ) from error
+
+    def _module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a module; one of the user's own, whose code may ask for the mode, in both: what
+        either of them couples is coupled."""
+        if type(module).__module__.startswith("torch.") or not self.labelled:
+            return module(*args, **kwargs)
+        modes = {m: m.training for m in module.modules()}
+        try:
+            evaluated = module.eval()(*args, **kwargs)
+            trained = module.train()(*args, **kwargs)
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        for a, b in zip(tensors_of(evaluated), tensors_of(trained), strict=True):
+            first, second = self.value(a).labels, self.value(b).labels
+            if [x.shape for x in first] != [x.shape for x in second]:
+                self._pin((a, b), "its channels are others in the other mode")
+            for one, other in zip(first, second, strict=False):
+                if one.shape == other.shape:
+                    self.system.same(one, other, self.site)
+        return trained
 
     def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A submodule that could not be traced: whatever goes into it stays as it is."""

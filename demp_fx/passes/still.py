@@ -1,4 +1,4 @@
-"""Stillness: a mode in which dropout and stochastic depth let everything pass.
+"""Stillness: a mode in which dropout lets everything pass, and every other draw gives its mean.
 
 Two networks of different widths draw different masks from one seed; without the draws they can be
 compared in train mode.
@@ -6,16 +6,18 @@ compared in train mode.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
 
 class Still(TorchDispatchMode):
-    """Every Bernoulli draw gives its mean, so that a draw divided by it is one."""
+    """Every draw gives its mean, whatever its shape: a Bernoulli draw divided by it is one."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,8 +28,33 @@ class Still(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if func is aten.bernoulli_.float:
-            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-        if func is aten.bernoulli.p:
-            return torch.full_like(args[0], args[1])
-        return func(*args, **kwargs)
+        mean = _MEANS.get(func._overloadpacket)
+        if mean is None:
+            return func(*args, **kwargs)
+        drawn = func(*args, **kwargs)  # in the shape, dtype and device that it is to have
+        return drawn.copy_(mean(args, kwargs))
+
+
+def _second(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get(name, default)
+
+
+def _middle(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    low, high = _second(args, kwargs, "from", 0.0), args[2] if len(args) > 2 else 1.0
+    return torch.tensor((low + kwargs.get("to", high)) / 2)
+
+
+def _chance(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of Bernoulli draws: given as a number, as a tensor, or by the tensor that is drawn from."""
+    chance = _second(args, kwargs, "p", None)
+    return torch.as_tensor(args[0] if chance is None else chance)
+
+
+_MEANS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
+    aten.bernoulli: _chance,
+    aten.bernoulli_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "p", 0.5)),
+    **dict.fromkeys((aten.rand, aten.rand_like), lambda *_: torch.tensor(0.5)),
+    **dict.fromkeys((aten.randn, aten.randn_like), lambda *_: torch.tensor(0.0)),
+    aten.uniform_: _middle,
+    aten.normal_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "mean", 0.0)),
+}

@@ -1,11 +1,14 @@
-"""Verify: run the original and the rewritten module side by side, in float64, in both modes."""
+"""Verify: run the original and the rewritten module side by side, in float64, in both modes.
+
+Where a kernel of the original knows no float64, both run in the dtype that they have.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +20,11 @@ from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.still import Still
 from demp_fx.report.model import Verification
 
-aten = torch.ops.aten
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
 FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
+ROUGH = 1000  # such units, where all is computed in that dtype
+
+Precision = Literal["layers", "whole", "own"]
 
 
 def verify(
@@ -32,11 +37,9 @@ def verify(
     `folded`: parameters were computed anew, and are rounded to their dtype. Raises
     `VerificationError` where the two differ by more than the tolerance. Neither is changed.
     """
-    tolerance = TOLERANCE
-    if folded:
-        coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
-                      if p.is_floating_point()), default=0.0)  # fmt: skip
-        tolerance = max(tolerance, FOLDED * coarse)
+    coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
+                  if p.is_floating_point()), default=0.0)  # fmt: skip
+    tolerance = max(TOLERANCE, FOLDED * coarse if folded else 0.0)
     inputs = Inputs.of(example_inputs)
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
     errors: dict[bool, float | None] = {}
@@ -44,13 +47,16 @@ def verify(
     for training in (False, True) if train else (False,):
         errors[training] = None
         for trial in trials:
-            expected = _expected(original, trial, training)
+            expected, precision = _expected(original, trial, training)
             if expected is None:
                 continue  # a batch size, or a mode, that the original itself does not take
-            found = run(narrow, trial, training)
-            if _is_other_branch(narrow, training, expected, found):
-                break
-            errors[training] = difference(expected, found)
+            if precision == "own":
+                tolerance = max(tolerance, ROUGH * coarse)
+            found = run(narrow, trial, training, "own" if precision == "own" else "layers")
+            error = _difference(expected, found)
+            if error > tolerance and training != narrow.training and followed_mode(narrow):
+                break  # in this mode the original goes another way, which the trace has noted
+            errors[training] = error
             batch = max(batch, trial.tensors[0].shape[0] if trial.tensors[0].dim() else 1)
             break
     result = Verification(
@@ -70,12 +76,16 @@ def verify(
     return result
 
 
-def _is_other_branch(narrow: nn.Module, training: bool, expected: Any, found: Any) -> bool:
-    """Whether the original returns something else in this mode, and was traced in the other one
-    (an `if self.training:` in its forward, which the trace has noted)."""
+def followed_mode(narrow: nn.Module) -> list[str]:
+    """The lines of the original's code that ask for the mode, and were traced in one of them."""
     notes = getattr(narrow, "meta", {}).get("demp_fx")
-    shapes = [len(_tensors(value)) for value in (expected, found)]
-    return bool(notes and notes.baked) and training != narrow.training and len(set(shapes)) == 2
+    return [line for line in notes.baked if line.endswith(" mode")] if notes else []
+
+
+def _difference(expected: Any, found: Any) -> float:
+    """As `difference`; infinite where there are other tensors."""
+    same = len(_tensors(expected)) == len(_tensors(found))
+    return difference(expected, found) if same else math.inf
 
 
 def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
@@ -94,45 +104,62 @@ def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
     return inputs.map(draw)
 
 
-def _expected(original: nn.Module, inputs: Inputs, training: bool) -> Any:
-    """The original's output; None if it refuses these inputs. It may look at the dtype of a layer's
-    weights from outside: then all of them are in float64 at once."""
-    for whole in (False, True):
+def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any, Precision]:
+    """The original's output (None if it refuses these inputs), and how it was computed. It may look
+    at the dtype of a layer's weights from outside: then all of them are in float64 at once."""
+    ways: tuple[Precision, ...] = ("layers", "whole", "own")
+    for precision in ways:
         try:
-            return run(original, inputs, training, whole)
+            return run(original, inputs, training, precision), precision
         except (RuntimeError, ValueError):
             continue
-    return None
+    return None, "own"
 
 
 class _KeepFloat64(TorchDispatchMode):
-    """Nothing in float64 is rounded to fewer digits, as norms are that always compute in float32:
-    rounding magnifies differences in the last digit."""
+    """Every float is float64, also where code asks for another dtype (norms that always compute in
+    float32, grids of coordinates): rounding magnifies differences in the last digit."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.default = torch.get_default_dtype()
+
+    def __enter__(self) -> Self:
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        dtype = kwargs.get("dtype") or torch.int64
-        cast = func is aten._to_copy.default and args[0].dtype == torch.float64
-        if cast and dtype.is_floating_point:
+        dtype = kwargs.get("dtype")
+        if dtype is not None and dtype.is_floating_point:
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
-def run(module: nn.Module, inputs: Inputs, training: bool, whole: bool = False) -> Any:
-    """The output in float64, without gradients, randomness or a trace on the module.
+def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision = "layers") -> Any:
+    """The output without gradients, randomness or a trace on the module.
 
-    `whole`: hold all parameters in float64 at once, not layer by layer.
+    `precision`: in float64, "layers": one by one, "whole": all parameters at once; or in their
+    "own" dtype.
     """
-    inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
+    double = precision != "own"
+    if double:
+        inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.train(training)
-        with torch.no_grad(), in_float64(module, whole), Still(), _KeepFloat64():
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(_copies(module, precision))
+            stack.enter_context(Still())
+            if double:
+                stack.enter_context(_KeepFloat64())
             return module(*inputs.args, **inputs.kwargs)
     finally:
         for m, mode in modes:
@@ -162,19 +189,21 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def in_float64(module: nn.Module, whole: bool = False) -> Iterator[None]:
-    """Meanwhile every layer computes with float64 copies of its parameters and buffers.
+def _copies(module: nn.Module, precision: Precision) -> Iterator[None]:
+    """Meanwhile every layer computes with copies of its parameters and buffers, in float64 unless
+    in their "own" dtype.
 
     The copies live only while their layer runs, so that a large network is never held twice; those
-    of a module that is no plain layer live until the end, and all of them with `whole`.
+    of a module that is no plain layer live until the end, and all of them unless by "layers".
     """
+    dtype = None if precision == "own" else torch.float64
     with ExitStack() as stack:
-        held = set(module.modules()) if whole else _held(module)
+        held = _held(module) if precision == "layers" else set(module.modules())
         for part in module.modules():
             if part in held:
-                stack.enter_context(_swapped(part))
+                stack.enter_context(_swapped(part, dtype))
             elif part._parameters or part._buffers:
-                for handle in _hooks(part):
+                for handle in _hooks(part, dtype):
                     stack.callback(handle.remove)
         yield
 
@@ -192,11 +221,11 @@ def _held(module: nn.Module) -> set[nn.Module]:
     return held
 
 
-def _hooks(part: nn.Module) -> list[Any]:
+def _hooks(part: nn.Module, dtype: torch.dtype | None) -> list[Any]:
     open_: list[Any] = []
 
     def enter(*_: Any) -> None:
-        context = _swapped(part)
+        context = _swapped(part, dtype)
         context.__enter__()
         open_.append(context)
 
@@ -210,19 +239,19 @@ def _hooks(part: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _swapped(part: nn.Module) -> Iterator[None]:
-    """Double copies in a module's own tables; buffers come back as they were, not as updated."""
+def _swapped(part: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Copies in a module's own tables; buffers come back as they were, not as updated."""
     tables: list[dict[str, Any]] = [part._parameters, part._buffers]
     before = [dict(table) for table in tables]
-    double: Callable[[Tensor], Tensor] = lambda t: (  # noqa: E731
-        t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.detach().clone()
+    copy: Callable[[Tensor], Tensor] = lambda t: (  # noqa: E731
+        t.detach().to(dtype if t.is_floating_point() else None, copy=True)
     )
     try:
         for table in tables:
             for key, tensor in table.items():
                 # a constant of the code is one of the original as well, and is not converted there
                 if tensor is not None and not key.startswith("_tensor_constant"):
-                    table[key] = double(tensor)
+                    table[key] = copy(tensor)
         yield
     finally:
         for table, saved in zip(tables, before, strict=True):

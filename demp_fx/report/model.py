@@ -34,7 +34,7 @@ class Pinned(_Data):
 
 
 class Verification(_Data):
-    """Largest relative difference from the original, in float64, by mode."""
+    """Largest relative difference from the original, by mode (in float64, if its ops know that)."""
 
     eval_error: float
     train_error: float | None = Field(description="None where train mode was not comparable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import sys
 import types
@@ -57,6 +58,7 @@ class Tracer(fx.Tracer):
         opaque, baked: see `TraceNotes`.
         chosen: the modules in `opaque` that were not even tried.
         by_mode: the entries of `baked` that are decisions on train or eval mode.
+        forks: modules without state whose code asks for the mode, left whole: a graph has one way.
     """
 
     proxy_buffer_attributes = True
@@ -69,6 +71,8 @@ class Tracer(fx.Tracer):
         self.chosen: set[str] = set()
         self.baked: dict[str, None] = {}
         self.by_mode: set[str] = set()
+        self.forks: set[str] = set()
+        self.mode_decisions = 0
         self.tensor_proxies: dict[str, TensorProxy] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -119,7 +123,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         standard = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
         plain = standard and not m._modules and not isinstance(m, nn.Sequential)
-        return plain or module_qualified_name in self.opaque
+        return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.values.busy:
@@ -134,8 +138,15 @@ class Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         mark, stack = len(self.graph.nodes), self.module_stack.copy()
         body = functools.partial(expression, m) if expression else forward
+        decisions, baked, by_mode = self.mode_decisions, self.baked.copy(), self.by_mode.copy()
         try:
-            return super().call_module(m, body, args, kwargs)
+            result = super().call_module(m, body, args, kwargs)
+            if self.mode_decisions == decisions or _has_state(m):
+                return result
+            self._roll_back(mark)
+            self.module_stack, self.baked, self.by_mode = stack, baked, by_mode
+            self.forks.add(name)
+            return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self._roll_back(mark)
             self.module_stack = stack
@@ -163,6 +174,8 @@ class Tracer(fx.Tracer):
                 result = target(*args, **kwargs)
                 if isinstance(result, fx.Proxy):
                     return result
+                if isinstance(result, (tuple, list)):
+                    return _markable(result)
                 reason = f"returns a {type(result).__name__} at {user_line(sys._getframe())}"
             except Exception as error:
                 reason = f"{first_line(error)} at {failed_at(error)}"
@@ -220,6 +233,7 @@ class Tracer(fx.Tracer):
         note = f"{quoted(user_line(sys._getframe()))} followed for {what}"
         self.baked[note] = None
         if found:
+            self.mode_decisions += 1
             self.by_mode.add(note)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -240,6 +254,18 @@ class Tracer(fx.Tracer):
 def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap."""
     return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+
+
+def _has_state(module: nn.Module) -> bool:
+    """Whether it has parameters or buffers, anywhere in it."""
+    return any(True for _ in itertools.chain(module.parameters(), module.buffers()))
+
+
+def _markable(result: Any) -> Any:
+    """A list or tuple that a wrapped function returns, with the `node` that fx marks on it."""
+    kind = type(result)
+    marked = type(kind.__name__, (kind,), {"node": types.SimpleNamespace(meta={})})
+    return marked(*result) if hasattr(result, "_fields") else marked(result)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -28,7 +28,9 @@ PRODUCTS = {"aten::mul", "aten::mul_"}
 # Results of the operand's shape that hold none of its numbers.
 LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
         "aten::rand_like", "aten::randn_like", "aten::bernoulli", "aten::bernoulli_",
-        "aten::bernoulli.p", "aten::fill_", "aten::zero_"}  # fmt: skip
+        "aten::bernoulli.p", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_",
+        "aten::exponential_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
+        "aten::random_"}  # fmt: skip
 
 
 def pointwise(walk: Stream, call: Call) -> None:

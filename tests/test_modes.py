@@ -1,0 +1,147 @@
+"""Code that asks for train or eval mode, draws at random, or knows one dtype only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+from demp_fx.errors import VerificationError
+
+
+class DropPath(nn.Module):
+    """Residual branches left out at random, sample by sample; without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = (0.9 + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype)).floor()
+        return x.div(0.9) * mask
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.drop, self.head = DropPath(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.drop(self.outer(self.inner(x).relu()))
+        result: Tensor = self.head(self.drop(x))
+        return result
+
+
+def _half_dead(net: Residual) -> Residual:
+    with torch.no_grad():
+        net.inner.weight[:6] = 0
+        net.inner.bias[:6] = -1
+        net.head.weight[:, :2] = 0
+    return net
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_module_without_parameters_may_go_two_ways(training: bool) -> None:
+    torch.manual_seed(0)
+    net = _half_dead(Residual().double()).train(training)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    result = demp_fx.compile(net, (x,), cuts="always")
+    narrow = result.module
+    assert result.report.opaque == {}
+    assert narrow.get_submodule("inner").weight.shape[0] == 6
+    assert result.report.verification is not None
+    assert result.report.verification.train_error is not None
+    for mode in (False, True):
+        torch.manual_seed(1)
+        expected = net.train(mode)(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(narrow.train(mode)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_constant_in_eval_mode_alone_stays() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.drop, self.head = nn.Linear(5, 8), DropPath(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.drop(self.inner(x)))
+            return result
+
+    torch.manual_seed(0)
+    net = Dropped().double()
+    with torch.no_grad():
+        net.inner.weight[:4] = 0
+        net.inner.bias[:2] = 0  # two zeros, two constants that are sometimes left out
+    x = torch.randn(6, 5, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,)).module
+    assert narrow.get_submodule("inner").weight.shape[0] == 6
+    torch.manual_seed(1)
+    expected = net.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(narrow.train()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_noise_drawn_at_the_width_of_a_layer_does_not_hinder_the_comparison() -> None:
+    class Noisy(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner(self.stem(x)).relu()
+            hidden = hidden * torch.empty_like(hidden).uniform_(0.5, 1.5)
+            hidden = hidden + hidden * torch.randn_like(hidden)
+            result: Tensor = self.head(self.outer(hidden))
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Noisy()), torch.randn(6, 5)
+    result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+
+
+def test_the_way_of_one_mode_is_kept_and_said() -> None:
+    class Auxiliary(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            if self.training:
+                x = x * self.head.weight.sum()
+            result: Tensor = self.head(self.outer(self.inner(x).relu()))
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Auxiliary()).eval(), torch.randn(6, 5)
+    report = demp_fx.compile(net, (x,)).report
+    assert any("if self.training:" in line for line in report.warnings)
+
+
+class SinglePrecision(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("this kernel is for float32")
+        return x * 2
+
+
+class OnlySingle(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(self.stem(x)).relu()
+        result: Tensor = self.head(SinglePrecision.apply(self.outer(hidden)))  # type: ignore[no-untyped-call]
+        return result
+
+
+def test_kernels_without_float64_are_compared_in_their_own_dtype() -> None:
+    torch.manual_seed(0)
+    net, x = _half_dead(OnlySingle()), torch.randn(6, 5)
+    verification = demp_fx.compile(net, (x,)).report.verification
+    assert verification is not None
+    assert 1e-6 < verification.tolerance < 1e-3
+    assert verification.eval_error <= verification.tolerance
+
+
+def test_a_difference_is_found_in_any_dtype() -> None:
+    torch.manual_seed(0)
+    net, x = _half_dead(OnlySingle()), torch.randn(6, 5)
+    narrow = demp_fx.compile(net, (x,)).module
+    with torch.no_grad():
+        narrow.get_parameter("head.bias")[0] += 0.01
+    with pytest.raises(VerificationError, match="differs"):
+        demp_fx.passes.verify(net, narrow, (x,))
