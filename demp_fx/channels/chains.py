@@ -22,11 +22,12 @@ from demp_fx.channels.labels import Labels, varying
 
 @dataclass(frozen=True)
 class Chain:
-    """The movements `path` from `source` to its last node; `broken`: not to be kept if narrower."""
+    """The movements `path` from `source` to its last node; `broken`: the labels whose movement is
+    not to be kept if they get narrower."""
 
     source: fx.Node
     path: tuple[fx.Node, ...]
-    broken: bool
+    broken: Labels
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ class Chains:
         self.selections: dict[fx.Node, Selection] = {}
         self.loose: set[fx.Node] = set()
 
-    def extend(self, node: fx.Node, source: fx.Node, labels: Labels, broken: bool) -> bool:
-        """Go on from `source` to `node`, whose value has `labels`.
+    def extend(self, node: fx.Node, source: fx.Node, labels: Labels, broken: Labels) -> bool:
+        """Go on from `source` to `node`, whose value has `labels`; those in `broken` were moved in
+        a way that narrowing breaks.
 
         False where the value is in one piece again, but not an arrangement of the source's.
         """
-        before = self.open.get(source, Chain(source, (), False))
-        chain = Chain(before.source, (*before.path, node), before.broken or broken)
+        before = self.open.get(source, Chain(source, (), ()))
+        chain = Chain(before.source, (*before.path, node), (*before.broken, *broken))
         if not is_flat(labels) or not isinstance(self.env[node], Tensor):
             self.open[node] = chain
             return True
@@ -102,8 +104,8 @@ class Chains:
             before = node
         return value
 
-    def settle(self, is_size: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, bool]]:
-        """The nodes within chains that are used as they are, and whether each is broken."""
+    def settle(self, is_size: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, Labels]]:
+        """The nodes within chains that are used as they are, and the labels broken up to each."""
         used = []
         for node in reversed(self.open):
             for user in node.users:

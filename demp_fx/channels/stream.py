@@ -54,6 +54,7 @@ class Stream(TorchDispatchMode):
         self.site = Site("", "")
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
+        self.computed: dict[int, str] = {}  # by storage: who made the weights of the running node
         self.quiet = False
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
@@ -185,8 +186,9 @@ class Stream(TorchDispatchMode):
             if n > 1
         )
         read = self.with_facts and real.is_floating_point() and not real.is_meta
+        line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
         value = self.params[name] = Value(
-            labels, None, real.detach(), 0, vector=read and rank == 1, matrix=read and rank > 1
+            labels, None, real.detach(), 0, vector=read and line, matrix=read and not line
         )
         return value
 
@@ -237,6 +239,11 @@ class Stream(TorchDispatchMode):
         """The name of a parameter or buffer; None of anything else."""
         known = self.names.get(id(tensor))
         return None if known is None else known[0]
+
+    def maker(self, weight: Tensor) -> str | None:
+        """The node that computed a weight of parameters alone, where the running node is given
+        such a one (or takes a view of it)."""
+        return self.computed.get(weight.untyped_storage()._cdata) if self.computed else None
 
     def pin(self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = ()) -> None:
         """Keep the atoms of a label, because of this call (while it computes any of `outputs`)."""

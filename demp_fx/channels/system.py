@@ -129,11 +129,15 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Grouping:
     """The weight of a grouped convolution: dim 0 in blocks `first` (G, n), of which block g has
-    the channels `second[g]` (G, m) on dim 1."""
+    the channels `second[g]` (G, m) on dim 1.
+
+    `weight`: the parameter; or the node that computes the weight, for the node `consumer`.
+    """
 
     weight: str
     first: Tensor
     second: Tensor
+    consumer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ class Walk(Stream):
         self.cut_at: dict[int, int] = {}
         self.exits: set[fx.Node] = set()
         self.given: set[fx.Node] = set()  # inputs, and what depends on them
+        self.made: set[fx.Node] = set()  # of parameters alone: weights that are computed
         self.chains = Chains(graph, self.env)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
@@ -108,6 +109,9 @@ class Walk(Stream):
         if not self.labelled:
             return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
         self._pin_cropped(node)
+        sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
+        if sources and all(n.op == "get_attr" or n in self.made for n in sources):
+            self.made.add(node)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -138,10 +142,10 @@ class Walk(Stream):
         """What a node does with the shape of its input: goes on with a chain, or makes blocks."""
         inputs = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         if self.applied == self.moves and len(inputs) == 1:
-            source = inputs[0]
+            source, unfit = inputs[0], tuple(label for label, _ in self.unfit)
             flat = is_flat(self._labels(source))
             if source in self.chains.open or (flat and (self.splits or self.unfit)):
-                if not self.chains.extend(node, source, self._labels(node), bool(self.unfit)):
+                if not self.chains.extend(node, source, self._labels(node), unfit):
                     self._pin(self.env[node], "its channels are rearranged with another axis")
                 return
         for label, reason in self.unfit:
@@ -163,16 +167,20 @@ class Walk(Stream):
         """Chains that are used on their way: their blocks stay equal."""
         for node, broken in self.chains.settle(lambda user: user.target in SIZES):
             self.site = Site(str(node.op), node.name, node.meta.get("source"))
-            if broken:
-                self._pin(self.env[node], "its channels are rearranged with another axis")
-            else:
-                for label in self._labels(node):
-                    self._blocks(label)
+            for label in broken:
+                self.system.pin(label, "its channels are rearranged with another axis", self.site)
+            for label in self._labels(node):
+                self._blocks(label)
 
     def _call(self, node: fx.Node, entered: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), entered.__getitem__)
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
+        self.computed = {
+            t.untyped_storage()._cdata: n.name
+            for n, t in entered.items()
+            if n in self.made and isinstance(t, Tensor)
+        }
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
@@ -259,7 +267,8 @@ class Walk(Stream):
 
         That is: in a residual sum; before one reader of several; and further down such a branch,
         wherever its values have become smaller (behind a pooling, say), so that a cut costs less;
-        and where zeros can be put back (`spread`).
+        where zeros can be put back (`spread`); and where a weight that is computed of parameters
+        meets what is computed of inputs, if the weight must keep channels that those can lose.
         """
         tensor = self.env[n]
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or user.target in SIZES:
@@ -269,11 +278,16 @@ class Walk(Stream):
             self._stale(n, value)
         if not value.labels or value.version != self.version(tensor):
             return tensor
+        if user in self.made:
+            return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum")
+        readers = sum(1 for reader in n.users if reader.target not in SIZES)
+        if n in self.made:
+            only = self._pinned(value) if readers == 1 else value.labels
+            return self._cut(n, user, tensor, value, "gather", only)
         if spread:
             return self._cut(n, user, tensor, value, "spread")
-        readers = sum(1 for reader in n.users if reader.target not in SIZES)
         if readers > 1 or n in self.exits or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
         return tensor
@@ -284,12 +298,23 @@ class Walk(Stream):
         there = self.cut_at.get(int(label.reshape(-1)[0])) if self.cut_at else None
         return there is not None and tensor.numel() // label.numel() < there
 
-    def _cut(self, n: fx.Node, user: fx.Node, tensor: Tensor, value: Value, kind: str) -> Tensor:
+    def _pinned(self, value: Value) -> Labels:
+        """The labels along one dim with channels that some op has already said must stay."""
+        stays = torch.zeros(self.system.atoms, dtype=torch.bool)
+        if self.system.pins:
+            stays[torch.cat([pin.atoms for pin in self.system.pins])] = True
+        return tuple(x for x in value.labels if len(varying(x)) == 1 and bool(stays[x].any()))
+
+    def _cut(
+        self, n: fx.Node, user: fx.Node, tensor: Tensor, value: Value, kind: str,
+        only: Labels | None = None,
+    ) -> Tensor:  # fmt: skip
         rank = tensor.dim()
         labels, cut = [], False
         for label in value.labels:
             dims = varying(label)
-            if len(dims) == 1 and not (self.merged and _repeats(label)):
+            chosen = len(dims) == 1 if only is None else any(label is one for one in only)
+            if chosen and not (self.merged and _repeats(label)):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
                 facts = value.facts.along(d, size) if value.facts is not None else None
@@ -298,7 +323,7 @@ class Walk(Stream):
                     Edge(n.name, user.name, d, label.reshape(-1), axis.atoms, facts, kind,
                          elements, self.site)
                 )  # fmt: skip
-                if kind == "gather":
+                if kind == "gather" and only is None:
                     self.cut_at[axis.start] = elements
                 label, cut = along(axis.atoms, rank, d), True
             labels.append(label)
@@ -363,6 +388,8 @@ class Walk(Stream):
             return False
         x, y = self.env[a], self.env[b]
         if "get_attr" in (a.op, b.op) or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            return False
+        if a in self.made or b in self.made:
             return False
         if node.target in IN_PLACE_SUMS and len(a.users) > 1:
             return False

@@ -12,7 +12,16 @@ from torch import Tensor, fx, nn
 from demp_fx.errors import UsageError
 from demp_fx.passes.count import recount
 from demp_fx.passes.layers import sizes
-from demp_fx.passes.plan import Folding, Gather, Literal, PruningPlan, Selection, Spread, Sum
+from demp_fx.passes.plan import (
+    Folding,
+    Gather,
+    Literal,
+    PruningPlan,
+    Regroup,
+    Selection,
+    Spread,
+    Sum,
+)
 from demp_fx.tracing.module import TracedModule, assemble
 
 
@@ -166,12 +175,15 @@ def _rewrite(old: fx.Graph, plan: PruningPlan, constants: _Constants) -> fx.Grap
     new._codegen = old._codegen
     named = {node.name: copies[node] for node in old.nodes}
     shared: dict[tuple[str, int, tuple[int, ...]], fx.Node] = {}
+    given: dict[tuple[str, str], fx.Node] = {}  # what gathers have left, by producer and consumer
     for literal in plan.literals:
         _set(named[literal.node], literal)
     for selection in plan.selections:
         _select(new, selection, named, constants)
     for gather in plan.gathers:
-        _gather(new, gather, named, constants, shared)
+        _gather(new, gather, named, constants, shared, given)
+    for regroup in plan.regroups:
+        _regroup(new, regroup, named, constants, given)
     for spread in plan.spreads:
         producer, consumer = named[spread.producer], named[spread.consumer]
         chain = [n for n in consumer.all_input_nodes if n is producer or producer in n.args]
@@ -239,15 +251,35 @@ def _replaced(container: Any, path: list[int | str], value: Any) -> Any:
 def _gather(
     graph: fx.Graph, gather: Gather, named: dict[str, fx.Node], constants: _Constants,
     shared: dict[tuple[str, int, tuple[int, ...]], fx.Node],
+    given: dict[tuple[str, str], fx.Node],
 ) -> None:  # fmt: skip
-    producer, consumer = named[gather.producer], named[gather.consumer]
-    key = (gather.producer, gather.dim, tuple(gather.index))
+    consumer = named[gather.consumer]
+    source = given.get((gather.producer, gather.consumer), named[gather.producer])
+    key = (source.name, gather.dim, tuple(gather.index))
     if key not in shared:
         name = f"{gather.producer}_keep{len(shared)}"
-        with graph.inserting_before(producer.next):
-            shared[key] = _pick(graph, producer, gather.dim, gather.index, name, constants)
-        shared[key].meta = {k: v for k, v in producer.meta.items() if k == "source"}
-    consumer.replace_input_with(producer, shared[key])
+        with graph.inserting_before(source.next):
+            shared[key] = _pick(graph, source, gather.dim, gather.index, name, constants)
+        shared[key].meta = {k: v for k, v in source.meta.items() if k == "source"}
+    consumer.replace_input_with(source, shared[key])
+    given[gather.producer, gather.consumer] = shared[key]
+
+
+def _regroup(
+    graph: fx.Graph, regroup: Regroup, named: dict[str, fx.Node], constants: _Constants,
+    given: dict[tuple[str, str], fx.Node],
+) -> None:  # fmt: skip
+    """Take the inputs that each filter has left out of a weight that is computed."""
+    consumer = named[regroup.consumer]
+    weight = given.get((regroup.producer, regroup.consumer), named[regroup.producer])
+    index = [row for row in regroup.index for _ in range(regroup.filters)]
+    shape = [len(index), len(index[0]), *[1] * (regroup.rank - 2)]
+    with graph.inserting_before(consumer):
+        flat = [k for row in index for k in row]
+        columns = constants.add(graph, f"{consumer.name}_columns", flat, shape)
+        left = graph.call_function(torch.take_along_dim, (weight, columns, 1))
+    left.meta = {k: v for k, v in weight.meta.items() if k == "source"}
+    consumer.replace_input_with(weight, left)
 
 
 def _pick(

@@ -22,6 +22,18 @@ class Gather(_Data):
     index: list[int]
 
 
+class Regroup(_Data):
+    """Between `producer`, which computes the weight of a grouped convolution, and `consumer`, each
+    block of filters keeps the inputs (dim 1) in its row of `index`. `rank`: of the weight;
+    `filters`: how many a block has."""
+
+    producer: str
+    consumer: str
+    rank: int
+    filters: int
+    index: list[list[int]]
+
+
 class Spread(_Data):
     """Between `producer` and `consumer`, channels that are zero or constant are put back.
 
@@ -128,6 +140,7 @@ class PruningPlan(_Data):
     literals: list[Literal] = []
     gathers: list[Gather] = []
     sums: list[Sum] = []
+    regroups: list[Regroup] = []
     spreads: list[Spread] = []
     selections: list[Selection] = []
     counts: list[Count] = []

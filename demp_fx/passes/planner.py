@@ -19,7 +19,7 @@ from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.walk import SIZES, Walk
 from demp_fx.passes.count import counts
-from demp_fx.passes.plan import Folding, Gather, PruningPlan, Selection, Spread, Sum
+from demp_fx.passes.plan import Folding, Gather, PruningPlan, Regroup, Selection, Spread, Sum
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
 
@@ -82,7 +82,18 @@ class _Planner:
         for grouping in self.walk.system.groupings:
             second = self.solution.kept(grouping.second)
             alive = second.any(1)
-            if not bool(second.all()):
+            if bool(second.all()):
+                continue
+            if grouping.consumer is not None:
+                filters = int(self.solution.kept(grouping.first)[alive][0].sum())
+                plan.regroups.append(
+                    Regroup(
+                        producer=grouping.weight, consumer=grouping.consumer,
+                        rank=self.rank_of(grouping.weight), filters=filters,
+                        index=[_indices(mask) for mask in second[alive]],
+                    )
+                )  # fmt: skip
+            else:
                 plan.grouped[grouping.weight] = [_indices(mask) for mask in second[alive]]
                 value = self.walk.params[grouping.weight].data
                 assert value is not None

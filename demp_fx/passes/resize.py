@@ -219,11 +219,14 @@ def _unflatten(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 
 
 def _groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
-    """A functional depthwise convolution: as many groups as channels."""
+    """A functional grouped convolution: as many groups as have channels left."""
     path, groups = _argument(node, 6, "groups", 1)
+    groups = sizes.number(groups)
     mask = sizes.seen(node, node.all_input_nodes[0]).get(1)
-    if groups != 1 and mask is not None and groups == mask.numel():
-        yield Literal(node=node.name, path=path, value=int(mask.sum()))
+    if groups != 1 and mask is not None:
+        alive = int(mask.reshape(groups, -1).any(1).sum())
+        if alive != groups:
+            yield Literal(node=node.name, path=path, value=alive)
 
 
 def _attention(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:

@@ -176,8 +176,10 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs) if found is None else found
         call = call_of(func, args, kwargs)
         result = func(*args, **kwargs)
-        if call is None or id(call.weight) not in self.names:
+        if call is None:
             return result
+        if id(call.weight) not in self.names:  # a weight that is computed: known, or anything
+            return self._arbitrary(call, result)
         name = self.names[id(call.weight)]
         view = self.views.get(name)
         if view is None:
@@ -192,10 +194,21 @@ class _Watch(TorchFunctionMode):
             result.register_hook(view.hear)
         if not self.substitute:
             return result.clone()  # an in-place activation after it must not touch what was heard
-        shape = [1] * result.dim()
-        shape[call.axis] = -1
-        noise = torch.randn_like(result)
-        return result + torch.where(varies.view(shape), noise - result, 0.0).detach()
+        return _replaced(result, call.axis, varies)
+
+    def _arbitrary(self, call: Call, result: Tensor) -> Tensor:
+        if not self.substitute or call.kind == "norm":
+            return result
+        varies = Known().see(channels_first(result.detach(), call.axis), self.training)
+        return _replaced(result, call.axis, varies)
+
+
+def _replaced(result: Tensor, axis: int, varies: Tensor) -> Tensor:
+    """Noise in the channels that vary, their gradients passed straight through."""
+    shape = [1] * result.dim()
+    shape[axis] = -1
+    noise = torch.randn_like(result)
+    return result + torch.where(varies.view(shape), noise - result, 0.0).detach()
 
 
 class _Others:

@@ -173,7 +173,8 @@ def _read(
                 fold = Fold(axis.owner, axis.dim, _name(walk, bias), padded)
         else:
             silent = _zeros(walk, b, b.labels(walk, letter)[0])
-    weights = 0 if weight is None else b.tensor.numel()
+    trained = weight is not None or walk.maker(b.tensor) is not None
+    weights = b.tensor.numel() if trained else 0
     read = Read(one, outputs, facts, silent, fold, macs, weights, call.site)
     walk.system.flow.append(read)
     return read

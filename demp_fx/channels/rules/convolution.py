@@ -70,26 +70,33 @@ def depthwise(walk: Stream, call: Call) -> None:
         add_bias(walk, call, labels, bias, out)
     walk.system.multiply(out.numel() * (weight.numel() // weight.size(0)), filters)
     facts = None
-    real = walk.value(weight).data
     offset = offset_of(walk, bias, size * times)
     seen = walk.value(x).facts
-    if walk.with_facts and real is not None and not real.is_meta and offset is not None:
+    if walk.with_facts and offset is not None:
         before = seen.along(1, size) if seen is not None else None
-        facts = _channelwise(real, before, offset, times, any(p != 0 for p in call.args[4]))
+        facts = _channelwise(walk, weight, before, offset, times, any(p != 0 for p in call.args[4]))
     walk.give(out, tuple(labels.values()), None if facts is None else facts.spread(rank, 1))
 
 
 def _channelwise(
-    weight: Tensor, before: Facts | None, offset: Tensor, times: int, padded: bool
+    walk: Stream, weight: Tensor, before: Facts | None, offset: Tensor, times: int, padded: bool
 ) -> Facts | None:
-    empty = empty_slices(weight, 0)
-    known = torch.zeros(weight.size(0), dtype=torch.bool) if empty is None else empty
+    """Zero filters leave the bias. Of a weight that is computed, no other number is known."""
+    real, rows = walk.value(weight).data, walk.value(weight).facts
+    real = None if real is None or real.is_meta else real
+    known = torch.zeros(weight.size(0), dtype=torch.bool)
+    if real is not None:
+        empty = empty_slices(real, 0)
+        known = known if empty is None else empty
+    elif rows is not None:
+        known = zero_at(rows, along(known, weight.dim(), 0)).reshape(-1)
     values = offset.expand(2, -1)
     if before is not None:
         before = before.map(lambda t: t.repeat_interleave(times))
-        taps = weight.flatten(1).sum(1).cpu().to(torch.float64)
-        known = known | (before.zero if padded else before.flat)
-        values = values + before.values * taps
+        known = known | (before.zero if padded or real is None else before.flat)
+        if real is not None:
+            taps = real.flatten(1).sum(1).cpu().to(torch.float64)
+            values = values + before.values * taps
     return Facts.of(known, values)
 
 
@@ -108,7 +115,9 @@ def grouped(walk: Stream, call: Call) -> None:
     walk.system.multiply(macs, *walk.value(x).labels, *walk.value(weight).labels)
     source = Operand(x, "bi").single(walk, "i")
     filters = Operand(weight, "o").single(walk, "o")
-    name = walk.name_of(weight)
+    name, consumer = walk.name_of(weight), None
+    if name is None:  # a weight that is computed: what a filter loses is taken out on the way
+        name, consumer = walk.maker(weight), call.site.node
     produced = filters
     if transposed:
         produced = walk.system.fresh(call.site.node, -1, out.size(1)).atoms
@@ -130,7 +139,7 @@ def grouped(walk: Stream, call: Call) -> None:
         walk.system.blocks.append(Blocks(block, call.site))
         walk.system.link(block, gate, call.site)
     first, second = (ins, outs) if transposed else (outs, ins)
-    walk.system.groupings.append(Grouping(name, first, second))
+    walk.system.groupings.append(Grouping(name, first, second, consumer))
     silent = None
     facts = walk.value(x).facts
     if walk.with_facts and facts is not None:
@@ -139,11 +148,10 @@ def grouped(walk: Stream, call: Call) -> None:
         Read(source, (produced,), None, silent, None, 0, weight.numel(), call.site,
              gate.repeat_interleave(ins.size(1)))
     )  # fmt: skip
-    offset, real = offset_of(walk, bias, out.size(1)), walk.value(weight).data
+    offset = offset_of(walk, bias, out.size(1))
     known = None
-    readable = real is not None and not real.is_meta and not transposed
-    if walk.with_facts and real is not None and readable and offset is not None:
-        known = _channelwise(real, None, offset, 1, padded=True)
+    if walk.with_facts and not transposed and offset is not None:
+        known = _channelwise(walk, weight, None, offset, 1, padded=True)
     walk.give(out, tuple(labels.values()), None if known is None else known.spread(x.dim(), 1))
 
 

@@ -193,9 +193,9 @@ AA = {f"aten::_upsample_{k}2d_aa": couple(trailing(2), "interpolate", "all")
 MEANS = {f"aten::{name}": couple(named, name, "all") for name in ("mean", "amax", "amin")}
 SUMS = {f"aten::{name}": couple(named, name, "zero")
         for name in ("sum", "norm", "linalg_vector_norm", "cumsum", "cumprod", "prod", "any",
-                     "var", "std")}  # fmt: skip
+                     "var", "std", "var_mean", "std_mean")}  # fmt: skip
 OTHERS = {f"aten::{name}": couple(named, name, None)
-          for name in ("var_mean", "std_mean", "logsumexp", "_softmax", "_safe_softmax",
+          for name in ("logsumexp", "_softmax", "_safe_softmax",
                        "_log_softmax", "max", "min", "argmax", "argmin", "all")}  # fmt: skip
 
 RULES: dict[str, Rule] = {

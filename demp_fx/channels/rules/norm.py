@@ -64,17 +64,17 @@ def _constants(walk: Stream, call: Call) -> Facts | None:
     scale = None if weight is None else _numbers(walk, weight)
     before = walk.value(x).facts
     seen = before.along(1, size) if before is not None else None
-    dead = torch.zeros(size, dtype=torch.bool) if scale is None else scale == 0
+    dead = torch.zeros(size, dtype=torch.bool) if weight is None else _zeros(walk, weight)
     known = dead if seen is None else dead | seen.flat
     if not bool(known.any()):
         return None
     shift = torch.zeros(size, dtype=torch.float64) if bias is None else _numbers(walk, bias)
-    if shift is None or (weight is not None and scale is None):
+    if shift is None:
         return None
     in_eval = shift
     if mean is not None and var is not None and seen is not None:
         centre, spread = _numbers(walk, mean), _numbers(walk, var)
-        if centre is None or spread is None:
+        if centre is None or spread is None or (weight is not None and scale is None):
             return None
         eps = call.arg("eps") or call.arg("epsilon") or 0.0
         normal = (seen.values[0] - centre) * (spread + eps).rsqrt()
@@ -96,12 +96,31 @@ def _numbers(walk: Stream, tensor: Tensor) -> Tensor | None:
     )
 
 
+def _zeros(walk: Stream, vector: Tensor) -> Tensor:
+    """Where a vector, or one that is computed of parameters, is known to be zero."""
+    facts = walk.value(vector).facts
+    blank = torch.zeros(vector.shape, dtype=torch.bool)
+    return blank if facts is None else blank | facts.zero
+
+
 def layer_norm(walk: Stream, call: Call) -> None:
     """Scale and shift go with the channels; each result needs all of them."""
     x, out = call.args[0], call.outputs[0]
     dims = tuple(range(x.dim() - len(call.args[1]), x.dim()))
     _over_channels(walk, call, dims, call.args[2:4], "layer norm over channels")
-    walk.give(out, walk.value(out).labels, _shift(walk, call.args[2:4], out, dims))
+    facts = _shift(walk, call.args[2:4], out, dims)
+    if facts is None and call.args[3] is None:
+        facts = _blank(walk, x, dims)
+    walk.give(out, walk.value(out).labels, facts)
+
+
+def _blank(walk: Stream, x: Tensor, dims: tuple[int, ...]) -> Facts | None:
+    """What is zero all along the dims of a norm stays so, if no shift follows."""
+    seen = walk.value(x).facts if walk.with_facts else None
+    zero = None if seen is None else seen.aligned(x.dim()).zero
+    if zero is None or any(zero.size(d) > 1 for d in dims):
+        return None
+    return Facts.of(zero, torch.zeros(2, *zero.shape, dtype=torch.float64))
 
 
 def group_norm(walk: Stream, call: Call) -> None:

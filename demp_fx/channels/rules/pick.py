@@ -10,6 +10,7 @@ from torch import Tensor
 
 from demp_fx.channels.labels import varying
 from demp_fx.channels.rules.move import move
+from demp_fx.channels.rules.pointwise import aligned
 from demp_fx.channels.stream import STRUCTURE, Rule, Stream
 from demp_fx.channels.value import Call
 
@@ -63,4 +64,25 @@ def _content(walk: Stream, numbers: Tensor) -> Tensor | None:
     return None if real is None or real.is_meta or real.dtype == torch.bool else real.cpu()
 
 
-RULES: dict[str, Rule] = {"aten::index": index, "aten::index_select": index}
+def gather(walk: Stream, call: Call) -> None:
+    """Along one dim numbers are picked, as many as there are indices; elsewhere each place has
+    indices of its own."""
+    x, out, dim = call.args[0], call.outputs[0], call.args[1] % call.args[0].dim()
+    before = walk.value(x)
+    for label in before.labels:
+        if dim in varying(label):
+            walk.pin(call, label, "its rows are looked up")
+    walk.relabel(x, tuple(label for label in before.labels if dim not in varying(label)))
+    labels = aligned(walk, call, out)
+    x.__dict__["demp"] = before
+    facts = before.facts if walk.with_facts else None
+    same = all(a == b for d, (a, b) in enumerate(zip(x.shape, out.shape, strict=True)) if d != dim)
+    kept = facts if facts is not None and same and facts.known.size(dim) == 1 else None
+    walk.give(out, labels, kept)
+
+
+RULES: dict[str, Rule] = {
+    "aten::index": index,
+    "aten::index_select": index,
+    "aten::gather": gather,
+}
