@@ -220,7 +220,15 @@ def _unflatten(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 
 def _groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """A functional grouped convolution: as many groups as have channels left."""
-    path, groups = _argument(node, 6, "groups", 1)
+    yield from _alive(node, sizes, *_argument(node, 6, "groups", 1))
+
+
+def _norm_groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """A functional group norm: likewise."""
+    yield from _alive(node, sizes, *_argument(node, 1, "num_groups", 1))
+
+
+def _alive(node: fx.Node, sizes: Sizes, path: list[int | str], groups: Any) -> Iterator[Literal]:
     groups = sizes.number(groups)
     mask = sizes.seen(node, node.all_input_nodes[0]).get(1)
     if groups != 1 and mask is not None:
@@ -272,6 +280,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(("unflatten", torch.unflatten, aten.unflatten.int), _unflatten),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
     operator.getitem: _getitem,
+    **dict.fromkeys((F.group_norm, torch.group_norm, aten.group_norm.default), _norm_groups),
     F.scaled_dot_product_attention: _attention,
     # the same, as torch.export writes them
     **dict.fromkeys(

@@ -135,24 +135,42 @@ class Standardised(Block):
     """Weights are centred and scaled before every use, as in a NFNet."""
 
     worlds = ("maps",)
-    draws = {"width": widths, "gain": st.booleans(), "bias": st.booleans()}
+    draws = {
+        "width": widths, "gain": st.booleans(), "bias": st.booleans(),
+        "groups": st.integers(1, 3), "way": st.sampled_from(["by hand", "var_mean", "batch_norm"]),
+    }  # fmt: skip
 
-    def __init__(self, at: Place, width: int = 4, gain: bool = True, bias: bool = True) -> None:
+    def __init__(
+        self, at: Place, width: int = 4, gain: bool = True, bias: bool = True, groups: int = 1,
+        way: str = "by hand",
+    ) -> None:  # fmt: skip
         super().__init__(at)
+        self.way, self.groups = way, divisor(at.width, groups)
+        width = width * self.groups
         self.out = at.but(width=width)
         dims = len(at.space)
-        self.weight = nn.Parameter(torch.randn(width, at.width, *[3] * dims))
+        self.weight = nn.Parameter(torch.randn(width, at.width // self.groups, *[3] * dims))
         self.gain = nn.Parameter(torch.ones(width, *[1] * (dims + 1))) if gain else None
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.conv = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
 
     def forward(self, x: Tensor) -> Tensor:
-        rest = list(range(1, self.weight.dim()))
-        centred = self.weight - self.weight.mean(rest, keepdim=True)
-        weight = centred / (centred.pow(2).mean(rest, keepdim=True) + 1e-4).sqrt()
+        weight = self.standardised()
         if self.gain is not None:
             weight = weight * self.gain
-        return self.conv(x, weight, self.bias, padding=1)
+        return self.conv(x, weight, self.bias, padding=1, groups=self.groups)
+
+    def standardised(self) -> Tensor:
+        rest = list(range(1, self.weight.dim()))
+        if self.way == "batch_norm":
+            rows = self.weight.reshape(1, self.weight.shape[0], -1)
+            rows = F.batch_norm(rows, None, None, training=True, eps=1e-4)
+            return rows.reshape_as(self.weight)
+        if self.way == "var_mean":
+            var, mean = torch.var_mean(self.weight, rest, correction=0, keepdim=True)
+            return (self.weight - mean) * torch.rsqrt(var + 1e-4)
+        centred = self.weight - self.weight.mean(rest, keepdim=True)
+        return centred / (centred.pow(2).mean(rest, keepdim=True) + 1e-4).sqrt()
 
 
 class Unfolded(Block):

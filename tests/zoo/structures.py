@@ -168,6 +168,11 @@ class Grouped(nn.Module):
         return self.c(self.norm(self.b(torch.relu(self.a(x)))).relu())
 
 
+class CalledGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class Normed(nn.Module):
     """Convolution, any norm with scale and shift, convolution."""
 
@@ -298,6 +303,10 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Shape, dict[str, Shape]]] =
     ),
     "group norm": (
         lambda: Normed(nn.GroupNorm(4, 12)), _LINE,
+        {"a": (8, 3, 1), "norm": (9,), "c": (4, 7, 1)},
+    ),
+    "group norm, called": (
+        lambda: Normed(CalledGroupNorm(4, 12)), _LINE,
         {"a": (8, 3, 1), "norm": (9,), "c": (4, 7, 1)},
     ),
     "group norm, one group": (
