@@ -135,3 +135,16 @@ def test_a_unit_shut_by_chance_is_not_dead_unless_the_data_is_what_counts() -> N
     assert removable(model, [x(5, 4)]).removable == 0
     seen = removable(model, [x(5, 4)], observed=True).removable
     assert seen >= 2 * (4 + 1) + 2 * 3
+
+
+def test_nor_is_one_whose_weight_is_computed() -> None:
+    class Normalised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    model = nn.Sequential(Normalised(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        model[0].bias[:2] = -1e3
+    torch.manual_seed(0)
+    assert removable(model, [x(5, 4)]).removable == 0
+    assert removable(model, [x(5, 4)], observed=True).removable > 0
