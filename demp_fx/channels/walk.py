@@ -113,14 +113,16 @@ class Walk(Stream):
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
         again = set(self._lost(start, before, out)) if self.with_facts else set()
+        again |= (fixed := set(self._fixed(start, before)))
         if self.splits or self.unfit:
             again |= {n for n, value in before.items() if value.labels and n.op != "get_attr"}
-        if again and (self.writes == writes or all(map(self._is_last_use, again))):
+        if again and (self.writes == writes or all(self._is_last_use(n, node) for n in again)):
             self.system.forget(start)
             self.writes = writes
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
-            entered = {n: self._enter(n, node, n in again) for n in node.all_input_nodes}
+            entered = {n: self._enter(n, node, n in again, n in fixed)
+                       for n in node.all_input_nodes}  # fmt: skip
             out = self._call(node, entered)
         self.env[node] = out
         if self.opens:
@@ -233,12 +235,12 @@ class Walk(Stream):
 
     # -- places to cut --------------------------------------------------------------------------
 
-    def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False) -> Any:
+    def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
 
         That is: in a residual sum; before one reader of several; and further down such a branch,
         wherever its values have become smaller (behind a pooling, say), so that a cut costs less;
-        and where zeros can be put back (`spread`).
+        and where zeros can be put back (`spread`). `fixed`: the size of its axis is known.
         """
         tensor = self.env[n]
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or user.target in SIZES:
@@ -249,9 +251,9 @@ class Walk(Stream):
         if not value.labels or value.version != self.version(tensor):
             return tensor
         if self._is_sum(user):
-            return self._cut(n, user, tensor, value, "sum")
+            return self._cut(n, user, tensor, value, "sum", fixed)
         if spread:
-            return self._cut(n, user, tensor, value, "spread")
+            return self._cut(n, user, tensor, value, "spread", fixed)
         readers = sum(1 for reader in n.users if reader.target not in SIZES)
         if readers > 1 or n in self.exits or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
@@ -263,12 +265,15 @@ class Walk(Stream):
         there = self.cut_at.get(int(label.reshape(-1)[0])) if self.cut_at else None
         return there is not None and tensor.numel() // label.numel() < there
 
-    def _cut(self, n: fx.Node, user: fx.Node, tensor: Tensor, value: Value, kind: str) -> Tensor:
+    def _cut(
+        self, n: fx.Node, user: fx.Node, tensor: Tensor, value: Value, kind: str,
+        fixed: bool = False,
+    ) -> Tensor:  # fmt: skip
         rank = tensor.dim()
         labels, cut = [], False
         for label in value.labels:
             dims = varying(label)
-            if len(dims) == 1 and not (self.merged and _repeats(label)):
+            if len(dims) == 1 and (fixed or not (self.merged and _repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
                 facts = value.facts.along(d, size) if value.facts is not None else None
@@ -284,7 +289,9 @@ class Walk(Stream):
         if not cut:
             return tensor
         alias = tensor.detach()
-        alias.__dict__["demp"] = Value(tuple(labels), value.facts, None, value.version)
+        alias.__dict__["demp"] = Value(
+            tuple(labels), value.facts, None, value.version, shares=value.shares
+        )
         return alias
 
     def _lost(self, start: Mark, before: Mapping[fx.Node, Value], out: Any) -> list[fx.Node]:
@@ -310,16 +317,34 @@ class Walk(Stream):
                 found.append(n)
         return found
 
-    def _is_last_use(self, n: fx.Node) -> bool:
-        """Whether nobody but the running node will read what `n` holds, under any name: then what
-        that node writes may go elsewhere."""
+    def _fixed(self, start: Mark, before: Mapping[fx.Node, Value]) -> list[fx.Node]:
+        """Inputs whose channels repeat themselves along an axis, each index of which the node ties
+        to a channel of its own: whatever they are merged with is then as long for any input."""
+        if not self.merged:
+            return []
+        repeating = {
+            label.data_ptr(): n
+            for n, value in before.items()
+            for label in value.labels
+            if n.op != "get_attr" and len(varying(label)) == 1 and _repeats(label)
+        }
+        return [
+            repeating[a.data_ptr()]
+            for same in self.system.sames[start[0] :] if repeating
+            for a, b in ((same.a, same.b), (same.b, same.a))
+            if a.data_ptr() in repeating and not _repeats(b)
+        ]  # fmt: skip
+
+    def _is_last_use(self, n: fx.Node, running: fx.Node) -> bool:
+        """Whether nobody but the `running` node will read what `n` holds, under any name but its
+        own, and no later run: then what that node writes may go elsewhere."""
         storage = self.env[n].untyped_storage()._cdata
         return len(n.users) == 1 and not any(
             isinstance(value, Tensor)
             and value.untyped_storage()._cdata == storage
-            and any(user not in self.env for user in other.users)
+            and (other.op == "get_attr" or any(user not in self.env for user in other.users))
             for other, value in self.env.items()
-            if other is not n
+            if other not in (n, running)
         )
 
     def _close(self, node: fx.Node, start: Mark, before: Mapping[int, Any]) -> None:
@@ -330,7 +355,7 @@ class Walk(Stream):
             if isinstance(edge, Edge):
                 n = names[edge.producer]
                 shared = self.env[n].untyped_storage()._cdata in written
-                if shared and not self._is_last_use(n):
+                if shared and not self._is_last_use(n, node):
                     self.system.same(edge.source, edge.target, self.site)
 
     def _is_sum(self, node: fx.Node) -> bool:
