@@ -127,6 +127,9 @@ class Walk(Stream):
         self.env[node] = out
         if self.opens:
             self.exits.add(node)
+        if node not in self.given:
+            for t in tensors_of(out):
+                self.value(t).table = True
         self._shapes(node)
         if self.writes != writes:
             self._close(node, start, writes)
@@ -290,8 +293,9 @@ class Walk(Stream):
             return tensor
         alias = tensor.detach()
         alias.__dict__["demp"] = Value(
-            tuple(labels), value.facts, None, value.version, shares=value.shares
-        )
+            tuple(labels), value.facts, None, value.version,
+            shares=value.shares, table=value.table,
+        )  # fmt: skip
         return alias
 
     def _lost(self, start: Mark, before: Mapping[fx.Node, Value], out: Any) -> list[fx.Node]:

@@ -121,6 +121,26 @@ def blind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class ComputedBias(nn.Module):
+    """Attention with a bias that a layer computes from a table of places, and a mask: no channels of
+    the tokens, two of which are merged behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.places, self.o = nn.Linear(12, 36), nn.Linear(2, 3), nn.Linear(24, 2)
+        self.register_buffer("coordinates", torch.rand(16, 2))
+        self.register_buffer("mask", -100.0 * torch.ones(4, 4).triu(1))
+        dead(self.qkv, [24, 29])
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.places(self.coordinates).relu().transpose(0, 1).reshape(3, 4, 4)
+        scores = q @ k.transpose(-2, -1) + bias.unsqueeze(0) + self.mask
+        mixed = scores.softmax(-1) @ v
+        return self.o(mixed.transpose(1, 2).reshape(n, t // 2, 24))
+
+
 _SEQUENCE: Shape = (5, 12)
 _MEANS: dict[str, Shape] = {"v": (9, 12), "o": (12, 9)}
 
@@ -139,6 +159,7 @@ MIXING: dict[str, Structure] = {
     ),
     "constant values, by hand": (lambda: ConstantValues(by_hand), _SEQUENCE, _MEANS),
     "constant values, transposed": (lambda: ConstantValues(transposed), _SEQUENCE, _MEANS),
+    "bias of computed places": (ComputedBias, (4, 12), {"qkv": (34, 12), "o": (2, 20)}),
     "no shares": (lambda: ConstantValues(leaky), _SEQUENCE, {"v": (9, 12), "o": (12, 12)}),
     "no shares where all is masked": (
         lambda: ConstantValues(blind), _SEQUENCE, {"v": (9, 12), "o": (12, 12)},

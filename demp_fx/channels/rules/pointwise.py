@@ -52,7 +52,8 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
         for label in labels:
             label = label.reshape((1,) * (rank - tensor.dim()) + label.shape)
             key = varying(label)
-            made |= {key} if walk.value(tensor).data is None else set()
+            value = walk.value(tensor)
+            made |= {key} if value.data is None and not value.table else set()
             if key in merged:
                 walk.system.same(merged[key], label, call.site)
                 if len(key) > 1 and outer_to_inner(merged[key]) != outer_to_inner(label):
