@@ -23,6 +23,7 @@ from demp_fx.channels.chains import Chains, is_flat, tensors_of
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
+from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
@@ -182,7 +183,7 @@ class Walk(Stream):
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
         self.counted = takes_average(node, self.graph)
-        self.masked = any(n in self.given for n in node.all_input_nodes[3:])
+        self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         start = self.system.mark()

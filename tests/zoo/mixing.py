@@ -105,25 +105,37 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (0.5 * q @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mixed = v.transpose(-2, -1) @ (k @ q.transpose(-2, -1)).softmax(-2)
-    return mixed.transpose(-2, -1).contiguous()
-
-
 def leaky(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Shares that no longer sum to one."""
     return (q @ k.transpose(-2, -1)).softmax(-1)[..., :-1] @ v[:, :, :-1]
 
 
-def blind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+class Blind(ConstantValues):
     """The first token sees nobody: torch gives it zeros."""
-    mask = torch.zeros(5, 5, dtype=q.dtype).index_fill(0, torch.tensor([0]), float("-inf"))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def __init__(self) -> None:
+        super().__init__(self.masked)
+        self.register_buffer("mask", torch.zeros(5, 5))
+        self.mask[0] = -torch.inf
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
+class OneInput(Blind):
+    """Queries, keys and values are one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = self.k = self.v
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(v, v, v, self.mask)
 
 
 class ComputedBias(nn.Module):
-    """Attention with a bias that a layer computes from a table of places, and a mask: no channels of
-    the tokens, two of which are merged behind it."""
+    """Attention with a mask, and a bias that a layer computes from a table of places: no channels
+    of the tokens, two of which are merged behind it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,10 +170,8 @@ MIXING: dict[str, Structure] = {
         lambda: ConstantValues(F.scaled_dot_product_attention), _SEQUENCE, _MEANS,
     ),
     "constant values, by hand": (lambda: ConstantValues(by_hand), _SEQUENCE, _MEANS),
-    "constant values, transposed": (lambda: ConstantValues(transposed), _SEQUENCE, _MEANS),
+    "no shares of one value": (OneInput, _SEQUENCE, {"o": (12, 12)}),
     "bias of computed places": (ComputedBias, (4, 12), {"qkv": (34, 12), "o": (2, 20)}),
     "no shares": (lambda: ConstantValues(leaky), _SEQUENCE, {"v": (9, 12), "o": (12, 12)}),
-    "no shares where all is masked": (
-        lambda: ConstantValues(blind), _SEQUENCE, {"v": (9, 12), "o": (12, 12)},
-    ),
+    "no shares where all is masked": (Blind, _SEQUENCE, {"v": (9, 12), "o": (12, 12)}),
 }  # fmt: skip
