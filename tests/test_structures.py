@@ -9,8 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import demp_fx
 from demp_fx.channels.cuts import Cuts
+from tests.zoo import structures
 from tests.zoo.kill import relative_error
-from tests.zoo.structures import STRUCTURES
+from tests.zoo.mixing import MIXING
+
+STRUCTURES = structures.STRUCTURES | MIXING
 
 
 def build(name: str) -> nn.Module:

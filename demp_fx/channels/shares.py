@@ -24,7 +24,7 @@ _ROWS = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::expa
 
 def gives_shares(call: Call, first: Value, masked: bool) -> bool:
     """Whether the result of a call sums to one along its last dim; `first`: what is known of its
-    first operand, `masked`: whether a mask may depend on the network's input."""
+    first operand, `masked`: whether a mask may leave nothing of a row."""
     if call.op in _SOFTMAX or (call.op in _SAFE and not masked):
         return bool(call.args[1] % call.tensors[0].dim() == call.tensors[0].dim() - 1)
     if not first.shares or call.op._schema.name not in _ROWS:

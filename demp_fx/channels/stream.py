@@ -58,7 +58,7 @@ class Stream(TorchDispatchMode):
         self.quiet = False
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
-        self.masked = False  # whether the node that runs takes a mask that depends on the input
+        self.masked = False  # whether the node that runs may mask all of a row
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,

@@ -21,7 +21,8 @@ class Value:
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
     are its numbers, read when they are asked for; `matrix`: they are the rows that are all zero.
-    `shares`: it sums to one along its last dim.
+    `shares`: it sums to one along its last dim. `table`: it is computed from parameters and
+    buffers alone.
     """
 
     labels: Labels = ()
@@ -31,6 +32,7 @@ class Value:
     vector: bool = False
     matrix: bool = False
     shares: bool = False
+    table: bool = False
 
     @property
     def facts(self) -> Facts | None:

@@ -23,6 +23,7 @@ from demp_fx.channels.chains import Chains, is_flat, tensors_of
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
+from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.system import Blocks, Edge, Mark, Read, Site, System
@@ -117,18 +118,23 @@ class Walk(Stream):
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
         again = set(self._lost(start, before, out)) if self.with_facts else set()
+        again |= (fixed := set(self._fixed(start, before)))
         if self.splits or self.unfit:
             again |= {n for n, value in before.items() if value.labels and n.op != "get_attr"}
-        if again and (self.writes == writes or all(map(self._is_last_use, again))):
+        if again and (self.writes == writes or all(self._is_last_use(n, node) for n in again)):
             self.system.forget(start)
             self.writes = writes
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
-            entered = {n: self._enter(n, node, n in again) for n in node.all_input_nodes}
+            entered = {n: self._enter(n, node, n in again, n in fixed)
+                       for n in node.all_input_nodes}  # fmt: skip
             out = self._call(node, entered)
         self.env[node] = out
         if self.opens:
             self.exits.add(node)
+        if node not in self.given:
+            for t in tensors_of(out):
+                self.value(t).table = True
         self._shapes(node)
         if self.writes != writes:
             self._close(node, start, writes)
@@ -185,7 +191,7 @@ class Walk(Stream):
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
         self.counted = takes_average(node, self.graph)
-        self.masked = any(n in self.given for n in node.all_input_nodes[3:])
+        self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         start = self.system.mark()
@@ -262,13 +268,14 @@ class Walk(Stream):
 
     # -- places to cut --------------------------------------------------------------------------
 
-    def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False) -> Any:
+    def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
 
         That is: in a residual sum; before one reader of several; and further down such a branch,
         wherever its values have become smaller (behind a pooling, say), so that a cut costs less;
         where zeros can be put back (`spread`); and where a weight that is computed of parameters
         meets what is computed of inputs, if the weight must keep channels that those can lose.
+        `fixed`: the size of its axis is known.
         """
         tensor = self.env[n]
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or user.target in SIZES:
@@ -281,13 +288,13 @@ class Walk(Stream):
         if user in self.made:
             return tensor
         if self._is_sum(user):
-            return self._cut(n, user, tensor, value, "sum")
+            return self._cut(n, user, tensor, value, "sum", fixed)
         readers = sum(1 for reader in n.users if reader.target not in SIZES)
         if n in self.made:
             only = self._pinned(value) if readers == 1 else value.labels
-            return self._cut(n, user, tensor, value, "gather", only)
+            return self._cut(n, user, tensor, value, "gather", only=only)
         if spread:
-            return self._cut(n, user, tensor, value, "spread")
+            return self._cut(n, user, tensor, value, "spread", fixed)
         if readers > 1 or n in self.exits or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
         return tensor
@@ -307,14 +314,14 @@ class Walk(Stream):
 
     def _cut(
         self, n: fx.Node, user: fx.Node, tensor: Tensor, value: Value, kind: str,
-        only: Labels | None = None,
+        fixed: bool = False, only: Labels | None = None,
     ) -> Tensor:  # fmt: skip
         rank = tensor.dim()
         labels, cut = [], False
         for label in value.labels:
             dims = varying(label)
-            chosen = len(dims) == 1 if only is None else any(label is one for one in only)
-            if chosen and not (self.merged and _repeats(label)):
+            chosen = len(dims) == 1 and (only is None or any(label is one for one in only))
+            if chosen and (fixed or not (self.merged and _repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
                 facts = value.facts.along(d, size) if value.facts is not None else None
@@ -330,7 +337,10 @@ class Walk(Stream):
         if not cut:
             return tensor
         alias = tensor.detach()
-        alias.__dict__["demp"] = Value(tuple(labels), value.facts, None, value.version)
+        alias.__dict__["demp"] = Value(
+            tuple(labels), value.facts, None, value.version,
+            shares=value.shares, table=value.table,
+        )  # fmt: skip
         return alias
 
     def _lost(self, start: Mark, before: Mapping[fx.Node, Value], out: Any) -> list[fx.Node]:
@@ -356,16 +366,34 @@ class Walk(Stream):
                 found.append(n)
         return found
 
-    def _is_last_use(self, n: fx.Node) -> bool:
-        """Whether nobody but the running node will read what `n` holds, under any name: then what
-        that node writes may go elsewhere."""
+    def _fixed(self, start: Mark, before: Mapping[fx.Node, Value]) -> list[fx.Node]:
+        """Inputs whose channels repeat themselves along an axis, each index of which the node ties
+        to a channel of its own: whatever they are merged with is then as long for any input."""
+        if not self.merged:
+            return []
+        repeating = {
+            label.data_ptr(): n
+            for n, value in before.items()
+            for label in value.labels
+            if n.op != "get_attr" and len(varying(label)) == 1 and _repeats(label)
+        }
+        return [
+            repeating[a.data_ptr()]
+            for same in self.system.sames[start[0] :] if repeating
+            for a, b in ((same.a, same.b), (same.b, same.a))
+            if a.data_ptr() in repeating and not _repeats(b)
+        ]  # fmt: skip
+
+    def _is_last_use(self, n: fx.Node, running: fx.Node) -> bool:
+        """Whether nobody but the `running` node will read what `n` holds, under any name but its
+        own, and no later run: then what that node writes may go elsewhere."""
         storage = self.env[n].untyped_storage()._cdata
         return len(n.users) == 1 and not any(
             isinstance(value, Tensor)
             and value.untyped_storage()._cdata == storage
-            and any(user not in self.env for user in other.users)
+            and (other.op == "get_attr" or any(user not in self.env for user in other.users))
             for other, value in self.env.items()
-            if other is not n
+            if other not in (n, running)
         )
 
     def _close(self, node: fx.Node, start: Mark, before: Mapping[int, Any]) -> None:
@@ -376,7 +404,7 @@ class Walk(Stream):
             if isinstance(edge, Edge):
                 n = names[edge.producer]
                 shared = self.env[n].untyped_storage()._cdata in written
-                if shared and not self._is_last_use(n):
+                if shared and not self._is_last_use(n, node):
                     self.system.same(edge.source, edge.target, self.site)
 
     def _is_sum(self, node: fx.Node) -> bool:

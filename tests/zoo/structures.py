@@ -277,7 +277,8 @@ _HEADS = {"q": (6, 12), "k": (6, 12), "v": (6, 12), "o": (12, 6)}
 
 # how to build it; the shape of a sample; the weights' shapes when all that can be cut is cut
 Shape = tuple[int, ...]
-STRUCTURES: dict[str, tuple[Callable[[], nn.Module], Shape, dict[str, Shape]]] = {
+Structure = tuple[Callable[[], nn.Module], Shape, dict[str, Shape]]
+STRUCTURES: dict[str, Structure] = {
     "attention": (Attention, _SEQUENCE, _HEADS),
     "scaled dot product": (Scaled, _SEQUENCE, _HEADS),
     "position bias": (Biased, _SEQUENCE, {**_HEADS, "table": (9, 2)}),

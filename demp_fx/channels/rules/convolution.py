@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blocks import repeats_along
 from demp_fx.channels.facts import Facts, empty_slices
-from demp_fx.channels.labels import along, varying
+from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.contract import Keyed, add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
@@ -28,12 +29,9 @@ def convolution(walk: Stream, call: Call) -> None:
             walk.pin(call, label, STRUCTURE)
     rank = x.dim()
     value = walk.value(x)
-    space = tuple(range(2, rank))
-    if any(set(varying(label)) & set(space) for label in value.labels):
-        tied = [walk.tie(label, space, call) for label in value.labels]
-        walk.relabel(x, tuple(t for t in tied if t.numel() > 1))
-        for t in tied:
-            walk.pin(call, t, "convolution over an axis of channels") if t.numel() == 1 else None
+    aside: Labels = ()
+    if any(max(varying(label)) > 1 for label in value.labels):
+        aside = _set_aside(walk, call)
     if groups == 1:
         kernel = "*" * (rank - 2)
         a = Operand(x, "bi" + "?" * (rank - 2))
@@ -47,6 +45,45 @@ def convolution(walk: Stream, call: Call) -> None:
         depthwise(walk, call)
     else:
         grouped(walk, call)
+    if aside:
+        walk.relabel(call.outputs[0], (*walk.value(call.outputs[0]).labels, *aside))
+    walk.relabel(x, value.labels)
+
+
+def _set_aside(walk: Stream, call: Call) -> Labels:
+    """Take the labels off the dims that the kernel moves along; those that the result has there.
+
+    Where it only steps from one index to the next, they are the same. Else each index of the result
+    needs all of the input, whose zeros can be put back in front; behind it, indices can be picked.
+    """
+    x, out = call.args[0], call.outputs[0]
+    left, behind = [], []
+    for label in walk.value(x).labels:
+        dims = tuple(d for d in varying(label) if d > 1)
+        if not dims:
+            left.append(label)
+        elif all(_steps(call, d) for d in dims) and varying(label) == dims:
+            behind.append(label)
+        elif varying(label) == dims[:1] and not repeats_along(label, dims[0]):
+            walk.opens = walk.splits = True
+            fresh = walk.system.fresh(call.site.node, -1, out.size(dims[0])).atoms
+            for atoms in (label, fresh):
+                walk.pin(call, atoms, "convolution over an axis of channels", (fresh,))
+            behind.append(along(fresh, out.dim(), dims[0]))
+        else:
+            line = walk.tie(label, dims, call)
+            left += [line] if line.numel() > 1 else []
+            if line.numel() == 1:
+                walk.pin(call, line, "convolution over an axis of channels")
+    walk.relabel(x, tuple(left))
+    return tuple(behind)
+
+
+def _steps(call: Call, dim: int) -> bool:
+    """Whether the kernel has one tap along a dim, and neither skips nor pads there."""
+    weight: Tensor = call.args[1]
+    stride, padding = (s[dim - 2] if len(s) > 1 else s[0] for s in call.args[3:5])
+    return weight.size(dim) == 1 and stride == 1 and padding == 0
 
 
 def depthwise(walk: Stream, call: Call) -> None:

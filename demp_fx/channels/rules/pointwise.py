@@ -50,11 +50,12 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     operands = [(t, walk.value(t).labels) for t in call.tensors]
     merged: dict[tuple[int, ...], Tensor] = {}
     made: set[tuple[int, ...]] = set()  # by something else than a table of the model's
-    for tensor, labels in operands:
+    tables = [v.table or v.data is not None for v in map(walk.value, call.tensors)]
+    for (tensor, labels), table in zip(operands, tables, strict=True):
         for label in labels:
             label = label.reshape((1,) * (rank - tensor.dim()) + label.shape)
             key = varying(label)
-            made |= {key} if walk.value(tensor).data is None else set()
+            made |= set() if table else {key}
             if key in merged:
                 walk.system.same(merged[key], label, call.site)
                 if len(key) > 1 and outer_to_inner(merged[key]) != outer_to_inner(label):
@@ -79,7 +80,7 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
                 covered.add(within[0])
             else:
                 walk.pin(call, label, "meets a value whose channels no parameter makes")
-                covered |= {key} - made  # positions, and no channels
+                covered |= set() if all(tables) else {key} - made  # positions, and no channels
     return tuple(label for key, label in merged.items() if key not in covered)
 
 
