@@ -54,6 +54,7 @@ def main() -> None:
     tasks = _tasks(chosen, options)
     if options.resume:
         tasks = [t for t in tasks if not results.has(*t.key)]
+    tasks.sort(key=lambda t: results.size(t.key[0]))  # as far as it is known, the small ones first
     for (key, part), found in run(tasks, options.jobs):
         results.add(key, part, found)
         print(f"{' '.join(key)} {part}: {_brief(found)}", file=sys.stderr, flush=True)
@@ -121,6 +122,10 @@ class _Results:
     def has(self, key: tuple[str, str, str], part: str) -> bool:
         """Whether this was measured before."""
         return bool(self.rows.get(key, {}).get(part))
+
+    def size(self, key: tuple[str, str, str]) -> int:
+        """The parameters of a network that was measured before."""
+        return int(self.rows.get(key, {}).get("ours", {}).get("params", 0))
 
     def add(self, key: tuple[str, str, str], part: str, found: dict[str, Any]) -> None:
         suite, network, deaths = key
