@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from demp_fx.channels.chains import tensors_of
 from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.groups import Node
-from demp_fx.channels.walk import SUMS, Walk
+from demp_fx.channels.places import SUMS
+from demp_fx.channels.walk import Walk
 
 CATS = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}
 
