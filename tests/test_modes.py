@@ -145,3 +145,22 @@ def test_a_difference_is_found_in_any_dtype() -> None:
         narrow.get_parameter("head.bias")[0] += 0.01
     with pytest.raises(VerificationError, match="differs"):
         demp_fx.passes.verify(net, narrow, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_a_hook_computes_are_compared_too() -> None:
+    class Normed(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer = nn.utils.weight_norm(self.outer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.outer(self.inner(self.stem(x)).relu()))
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Normed()), torch.randn(6, 5)
+    result = demp_fx.compile(net, (x,))
+    assert result.report.verification is not None
+    assert result.report.verification.eval_error <= 1e-9
+    torch.testing.assert_close(result.module(x), net(x))

@@ -52,7 +52,7 @@ def verify(
                 continue  # a batch size, or a mode, that the original itself does not take
             if precision == "own":
                 tolerance = max(tolerance, ROUGH * coarse)
-            found = run(narrow, trial, training, "own" if precision == "own" else "layers")
+            found = run(narrow, trial, training, precision)
             error = _difference(expected, found)
             if error > tolerance and training != narrow.training and followed_mode(narrow):
                 break  # in this mode the original goes another way, which the trace has noted
@@ -233,7 +233,7 @@ def _hooks(part: nn.Module, dtype: torch.dtype | None) -> list[Any]:
         open_.pop().__exit__(None, None, None)
 
     return [
-        part.register_forward_pre_hook(enter),
+        part.register_forward_pre_hook(enter, prepend=True),
         part.register_forward_hook(leave, always_call=True),
     ]
 
