@@ -100,18 +100,21 @@ def _symbolic(
     model: nn.Module, bind: Callable[[], inspect.BoundArguments]
 ) -> tuple[fx.Graph, Tracer]:
     """The graph by symbolic tracing. Where Python asks for the mode it is traced in both, and flags
-    and numbers that differ follow it; where more differs it stays in the mode that it is in."""
+    and numbers that differ follow it; where more differs, modules without state that ask are left
+    whole, and else it stays in the mode that it is in."""
     tracer = Tracer(bind())
     graph = tracer.trace(model)
-    if tracer.by_mode:
-        versions = []
+    for forking in (False, True) if tracer.by_mode else ():
+        versions, tracers = [], []
         for training in (False, True):
             with in_mode(model, training), contextlib.suppress(Exception):
-                versions.append(Version(Tracer(bind()).trace(model)))
+                tracers.append(Tracer(bind(), forking))
+                versions.append(Version(tracers[-1].trace(model)))
         with contextlib.suppress(DiffersError, ValueError):
             evaluated, trained = versions
-            graph = merge(evaluated, trained)
+            graph, tracer = merge(evaluated, trained), tracers[model.training]
             tracer.baked = {note: None for note in tracer.baked if note not in tracer.by_mode}
+            break
     return graph, tracer
 
 

@@ -53,20 +53,21 @@ class Tracer(fx.Tracer):
 
     Args:
         bound: the example inputs as arguments of the root's forward.
+        forking: leave modules whole that have no state and ask for the mode: a graph has one way.
 
     Attributes:
         opaque, baked: see `TraceNotes`.
         chosen: the modules in `opaque` that were not even tried.
         by_mode: the entries of `baked` that are decisions on train or eval mode.
-        forks: modules without state whose code asks for the mode, left whole: a graph has one way.
+        forks: the modules that were left whole for this.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, bound: inspect.BoundArguments) -> None:
+    def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
         super().__init__(autowrap_functions=tuple(_ATEN))
         self._autowrap_search += [torch, F]
-        self.bound = bound
+        self.bound, self.forking = bound, forking
         self.opaque: dict[str, str] = {}
         self.chosen: set[str] = set()
         self.baked: dict[str, None] = {}
@@ -141,7 +142,7 @@ class Tracer(fx.Tracer):
         decisions, baked, by_mode = self.mode_decisions, self.baked.copy(), self.by_mode.copy()
         try:
             result = super().call_module(m, body, args, kwargs)
-            if self.mode_decisions == decisions or _has_state(m):
+            if not self.forking or self.mode_decisions == decisions or _has_state(m):
                 return result
             self._roll_back(mark)
             self.module_stack, self.baked, self.by_mode = stack, baked, by_mode
