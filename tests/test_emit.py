@@ -169,6 +169,21 @@ class Own(nn.Module):
         return x * self.weight if x.sum() > 0 else x
 
 
+def test_a_leaf_of_an_installed_packages_class_is_imported_from_there() -> None:
+    from tests.zoo.transformers_networks import hf
+
+    SwinDropPath = hf.models.swin.modeling_swin.SwinDropPath  # noqa: N806
+    net = nn.Sequential(nn.Linear(3, 4), SwinDropPath(0.25))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("1", (graph.call_module("0", (x,)),)))
+    space: dict[str, Any] = {"__name__": "module"}
+    exec(source(GraphModule(net, graph)), space)
+    built = space["model"]()
+    assert type(built.get_submodule("1")) is SwinDropPath
+    assert built.get_submodule("1").drop_prob == 0.25
+
+
 def test_a_leaf_of_the_users_own_class_is_refused_by_name() -> None:
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:

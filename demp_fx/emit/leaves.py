@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import inspect
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +18,13 @@ from torch import nn
 from demp_fx.errors import EmitError
 
 _SCALARS = (bool, int, float, complex, str, type(None), torch.dtype)
-_NAMES = {"torch": torch, "nn": nn, "inf": math.inf, "nan": math.nan}
+_NAMES = {
+    "import_module": importlib.import_module,
+    "torch": torch,
+    "nn": nn,
+    "inf": math.inf,
+    "nan": math.nan,
+}
 
 
 def constructor(leaf: nn.Module, path: str) -> str:
@@ -36,7 +45,8 @@ def constructor(leaf: nn.Module, path: str) -> str:
 
 
 def _class_name(leaf: nn.Module, path: str) -> str:
-    """How generated code names the leaf's class: `nn.Conv2d`, or a dotted path inside torch."""
+    """How generated code names the leaf's class: `nn.Conv2d`, a dotted path inside torch, or what
+    another installed package has."""
     kind = type(leaf)
     if getattr(nn, kind.__name__, None) is kind:
         return f"nn.{kind.__name__}"
@@ -47,6 +57,10 @@ def _class_name(leaf: nn.Module, path: str) -> str:
             found = getattr(found, part, None)
         if found is kind:
             return name
+    if installed(kind.__module__):
+        home = importlib.import_module(kind.__module__)
+        if getattr(home, kind.__qualname__, None) is kind:
+            return f"import_module({kind.__module__!r}).{kind.__qualname__}"
     raise EmitError(
         f"'{path}' is a {name}, a class of your own that module.py could not import; "
         "use the module that demp_fx.compile returns instead of files"
@@ -135,3 +149,11 @@ def _conversions(leaf: nn.Module, path: str) -> str:
     if tensors and not any(parameter.requires_grad for parameter in leaf.parameters()):
         text += ".requires_grad_(False)"
     return text
+
+
+def installed(home: str) -> bool:
+    """Whether a module comes with Python or an installed package other than this one."""
+    top = home.partition(".")[0]
+    if top in ("demp_fx", "__main__"):
+        return False
+    return top in sys.stdlib_module_names or top in importlib.metadata.packages_distributions()

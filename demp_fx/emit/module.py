@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import keyword
 import re
-import sys
 import textwrap
 import types
 from typing import Any
@@ -17,6 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from demp_fx.emit import tensors
+from demp_fx.emit.leaves import installed
 from demp_fx.emit.structure import Structure
 from demp_fx.errors import EmitError
 from demp_fx.tracing.functions import Apply
@@ -81,6 +81,8 @@ def source(module: GraphModule) -> str:
     imports |= {"from pathlib import Path", "import torch", "from torch import nn"}
     if unpack:
         imports |= {"import base64", "import zlib"}
+    if "import_module(" in body:
+        imports.add("from importlib import import_module")
     for constant in ("inf", "nan"):
         if re.search(rf"\b{constant}\b", body):
             imports.add(_IMPORTS[constant])
@@ -130,7 +132,7 @@ def _import(name: str, thing: Any) -> str:
     if isinstance(thing, Apply):
         return f"{_import(thing.__name__, thing.function)}\n{name} = {thing.__name__}.apply"
     home, path = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
-    if home is None or path is None or not _installed(home):
+    if home is None or path is None or not installed(home):
         raise EmitError(
             f"the forward calls '{name}', which module.py could not import ({home}); "
             "use the module that demp_fx.compile returns instead of files"
@@ -138,14 +140,6 @@ def _import(name: str, thing: Any) -> str:
     if getattr(importlib.import_module(home), path, None) is not thing:
         raise EmitError(f"the forward uses '{name}', which is not {home}.{path}")
     return f"from {home} import {path}" + ("" if name == path else f" as {name}")
-
-
-def _installed(home: str) -> bool:
-    """Whether a module comes with Python or an installed package other than this one."""
-    top = home.partition(".")[0]
-    if top in ("demp_fx", "__main__"):
-        return False
-    return top in sys.stdlib_module_names or top in importlib.metadata.packages_distributions()
 
 
 def _check(text: str, name: str, module: GraphModule) -> None:
