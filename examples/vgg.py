@@ -58,3 +58,27 @@ def medium() -> VGG:
 def for_digits() -> VGG:
     """For the digits, 8 x 8 and grey."""
     return VGG(((32, 32), (64, 64)), hidden=64, size=8, channels=1)
+
+
+class Strided(nn.Module):
+    """3x3 convolutions of (width, stride), the mean over space, a head: cheap on a CPU."""
+
+    def __init__(self, layers: tuple[tuple[int, int], ...], classes: int = 10) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        inputs = 3
+        for width, stride in layers:
+            conv = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+            parts += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            inputs = width
+        self.features = nn.Sequential(*parts)
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x).mean((2, 3)))
+        return logits
+
+
+def strided() -> Strided:
+    """Five layers, of which the first halves the image: for images of 32 x 32 and a CPU."""
+    return Strided(((64, 2), (128, 2), (128, 1), (256, 2), (256, 1)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from demp_fx.report.fragments import bars, cards, legend, section, table
+from demp_fx.report.claims import assumed, proven
+from demp_fx.report.fragments import bars, cards, legend, listed, section, table
 from demp_fx.report.model import CompileReport, Pinned
 from demp_fx.report.source import code_at, short
 from demp_fx.report.style import page
@@ -29,9 +30,9 @@ def _sections(report: CompileReport) -> Iterator[str]:
         )
     )  # fmt: skip
     if report.warnings:
-        yield section("Warnings", _list(report.warnings))
-    yield section("What was proven", _list(_proven(report)))
-    yield section("What was assumed", _list(_assumed(report)))
+        yield section("Warnings", listed(report.warnings))
+    yield section("What was proven", listed(proven(report)))
+    yield section("What was assumed", listed(assumed(report)))
     if report.widths:
         rows = [(w.name, w.out_before, w.out_after) for w in report.widths]
         key = legend((("before", "var(--before)"), ("after", "var(--accent)")))
@@ -44,38 +45,6 @@ def _sections(report: CompileReport) -> Iterator[str]:
 
 def _left(before: int, after: int) -> str:
     return f"{after / before:.1%}" if before else "-"
-
-
-def _list(lines: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _proven(report: CompileReport) -> list[str]:
-    """What holds for every input."""
-    lines = [f"{report.dead_proven:,} channels are zero or constant, by the weights alone."]
-    for count, what in (
-        (report.constants_folded, "constant channels were folded into what reads them."),
-        (report.carriers, "channels were kept as carriers of a constant."),
-        (report.gathers, "edges were cut by a gather."),
-        (report.scatters, "residual sums became an index_add."),
-    ):
-        lines += [f"{count:,} {what}"] if count else []
-    proof = report.verification
-    if proof is None:
-        return [*lines, "The result was not compared with the original."]
-    train = "" if proof.train_error is None else f", {proof.train_error:.1e} in train mode"
-    return [
-        *lines,
-        f"Narrow and original agree in float64 at batch {proof.batch}: relative error "
-        f"{proof.eval_error:.1e} in eval mode{train} (allowed: {proof.tolerance:.0e}).",
-    ]
-
-
-def _assumed(report: CompileReport) -> list[str]:
-    """What rests on the example inputs or on the calibration data."""
-    lines = [*report.assumptions]
-    lines += [f"not traced, kept as it is: {name}: {why}" for name, why in report.opaque.items()]
-    return lines or ["Nothing: no data was watched, and the whole forward was traced."]
 
 
 def _layers(report: CompileReport) -> str:

@@ -26,6 +26,11 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>\n{content}</section>"
 
 
+def listed(lines: Iterable[str]) -> str:
+    """Sentences, one below the other."""
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
 def cards(rows: Iterable[tuple[str, str, str]]) -> str:
     """Figures to see first: what, how much, and the small print."""
     boxes = "".join(

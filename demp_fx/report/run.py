@@ -13,7 +13,9 @@ from rich.table import Table
 
 from demp_fx.errors import EmitError, UsageError
 from demp_fx.report import plots
-from demp_fx.report.fragments import bars, cards, legend, section, table
+from demp_fx.report.claims import assumed
+from demp_fx.report.fragments import bars, cards, legend, listed, section, table
+from demp_fx.report.model import CompileReport
 from demp_fx.report.style import page
 
 Record = dict[str, Any]
@@ -41,6 +43,7 @@ class RunRecords:
         self.compiling = sum(r["seconds"] for r in records if r["kind"] == "compile")
         ends = [r for r in records if r["kind"] == "end"]
         self.end: Record | None = ends[-1] if ends else None
+        self.result = _result(folder / "narrow" / "report.json") if ends else None
 
     @property
     def before(self) -> dict[str, int]:
@@ -48,6 +51,14 @@ class RunRecords:
         if self.end is not None and "before" in self.end:
             return dict(self.end["before"])
         return dict(self.events[0]["size"]) if self.events else {}
+
+
+def _result(path: Path) -> CompileReport | None:
+    """The report of the narrow network; None where there is none that can be read."""
+    try:
+        return CompileReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def summary(run: RunRecords) -> RenderableType:
@@ -126,12 +137,33 @@ def _sections(run: RunRecords) -> Iterable[str]:
                 "The way to the target",
                 plots.trajectory(run.events, measure, share, run.before[measure]),
             )
+        yield section("What was proven", listed(_proven(run)))
+        if run.result is not None:
+            yield section("What was assumed", listed(assumed(run.result)))
         after = run.events[-1]["widths"]
         key = legend((("before", "var(--before)"), ("after", "var(--accent)")))
         yield section("Channels by layer", key + bars([(n, first[n], after[n]) for n in first]))
         headings = ("step", "dead", "removed", "parameters", "MACs", "lambda", "seconds", "failure")
         yield section("Death checks", table(headings, [_event_row(e) for e in run.events]))
     yield section("Recipe", f"<pre>{html.escape(run.recipe)}</pre>")
+
+
+def _proven(run: RunRecords) -> Iterable[str]:
+    """What the comparisons during the run showed."""
+    errors = [e["verify_error"] for e in run.events if e["verify_error"] is not None]
+    if errors:
+        yield (
+            f"Networks before and after {len(errors)} narrowings agree in float64 on a probe "
+            "batch, in eval and in train mode, dead channels held at their level: largest relative "
+            f"error {max(errors):.1e}."
+        )
+    if any(e["removed"] for e in run.events) and not errors:
+        yield "The narrowings were not compared with the network before."
+    undone = sum(e["failure"] is not None for e in run.events)
+    if undone:
+        yield f"{undone} narrowings were not as they should be, and were undone."
+    if not any(e["removed"] for e in run.events):
+        yield "Nothing was narrowed."
 
 
 def _dense_widths(run: RunRecords) -> dict[str, int]:

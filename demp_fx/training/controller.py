@@ -2,7 +2,8 @@
 
 At every death check it looks at what would be left without the dead, and compares that with a
 reference that falls from the dense network to the target. The penalty is multiplied up where too
-few have died, and down where too many have; once the target is reached there is none any more.
+few have died, and down where too many have. Once the target is reached, or the span is over, there
+is none any more: what is left of the run is for the network to recover.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from typing import Any
 
 from demp_fx.recipe import Measure
 
-BEGIN, END = 0.05, 0.7  # of the span: where the reference begins to fall, and arrives
+BEGIN, END = 0.1, 0.6  # of the span: where the reference begins to fall, and arrives
 GAIN = 6.0  # how fast the penalty follows an error, in units of e per check
-LIMIT = 1.0  # no more than this factor (e ** LIMIT) from one check to the next
-CEILING = 100.0  # never above the first penalty by more than this: the network would be torn apart
-FLOOR = 30.0  # never below the largest penalty so far by more than this, or the way back is long
+LIMIT = 0.7  # no more than this factor (e ** LIMIT) from one check to the next
+# Never above the first penalty by more than CEILING: scales that every step throws from one side of
+# zero to the other do not rest near it, so that fewer die and the network is torn apart.
+CEILING = 5.0
+# Never below the largest penalty so far by more than FLOOR: to be ahead costs little, as no more is
+# cut than the target allows, and what dies late dies at a low learning rate, if at all.
+FLOOR = 3.0
 NEAR = 0.05  # relative: what counts as having reached the target
 
 
@@ -45,6 +50,8 @@ class Controller:
         """Told of a check: the share that is `left` without the dead, `steps` after the last."""
         if left <= self.share * (1 + NEAR / 5):
             self.reached, self.penalty = True, 0.0
+        elif step >= self.span:
+            self.penalty = 0.0
         elif not self.reached:
             ahead = self.reference(step + steps)  # the check that this penalty leads to
             coming = left - (self.last - left)  # if as many die until then

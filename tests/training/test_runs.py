@@ -114,6 +114,10 @@ def test_the_report_stands_on_its_own(whole: Path) -> None:
     assert page.count("<svg") == 5
     for title in ("Channels that died", "Loss and accuracy", "Work and time", "Channels by layer"):
         assert title in page
+    events = [r for r in read(whole) if r["kind"] == "event" and r["removed"]]
+    assert f"before and after {len(events)} narrowings agree in float64" in page
+    assert "What was assumed" in page
+    assert "never fired on the" in page
     assert "src=" not in page
     assert "channels" in result.stdout
     assert "wrote" not in result.stdout
