@@ -144,14 +144,19 @@ class Places(Stream):
 
     def _fixed(self, start: Mark, before: Mapping[fx.Node, Value]) -> list[fx.Node]:
         """Inputs whose channels repeat themselves along an axis, each index of which the node ties
-        to a channel of its own: whatever they are merged with is then as long for any input."""
+        to a channel of its own: whatever they are merged with is then as long for any input.
+
+        A layer that reads what another one makes stays in its group, as after any flattening.
+        """
         if not self.merged:
             return []
+        reads = any(isinstance(s, Read) for s in self.system.since(start))
         repeating = {
             label.data_ptr(): n
             for n, value in before.items()
             for label in value.labels
             if n.op != "get_attr" and len(varying(label)) == 1 and _repeats(label)
+            if not (reads and self._is_a_parameters(label))
         }
         return [
             repeating[a.data_ptr()]
@@ -159,6 +164,10 @@ class Places(Stream):
             for a, b in ((same.a, same.b), (same.b, same.a))
             if a.data_ptr() in repeating and not _repeats(b)
         ]  # fmt: skip
+
+    def _is_a_parameters(self, label: Tensor) -> bool:
+        first = int(label.reshape(-1)[0])
+        return any(axis.dim >= 0 for axis in self.system.axes if axis.start <= first < axis.stop)
 
     def _is_last_use(self, n: fx.Node, running: fx.Node) -> bool:
         """Whether nobody but the `running` node will read what `n` holds, under any name but its
