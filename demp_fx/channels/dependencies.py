@@ -243,5 +243,7 @@ def _groups(root: Tensor, system: System) -> Tensor:
     owner = torch.arange(sizes.numel()).repeat_interleave(sizes)
     first = torch.full((system.atoms,), len(system.axes) + 1)
     first = first.scatter_reduce(0, root, owner, "amin")
-    axis_root = components(len(system.axes) + 1, [(owner[1:], first[root][1:])])
+    other = first[root]
+    new = (owner[1:] != owner[:-1]) | (other[1:] != other[:-1])  # one tie for each run of atoms
+    axis_root = components(len(system.axes) + 1, [(owner[1:][new], other[1:][new])])
     return axis_root[owner]

@@ -49,8 +49,28 @@ def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 def classes(system: System) -> Tensor:
     """For each atom the smallest one that it is tied to, all cuts open."""
     if system.root is None:
-        system.root = components(system.atoms, [system.ties])
+        root = torch.arange(system.atoms)
+        for axis, first in _joined_axes(system):
+            root[axis.start : axis.stop] = root[first : first + axis.size]
+        a, b = system.ties
+        system.root = components(system.atoms, [(root[a], root[b])])[root] if a.numel() else root
     return system.root
+
+
+def _joined_axes(system: System) -> list[tuple[Axis, int]]:
+    """Axes that are tied as a whole to others, each with the first of the smallest atoms."""
+    to: dict[int, int] = {}
+
+    def smallest(k: int) -> int:
+        while k in to:
+            k = to[k]
+        return k
+
+    for pair in system.whole:
+        low, high = sorted(map(smallest, pair))
+        if low != high:
+            to[high] = low
+    return [(axis, smallest(axis.start)) for axis in system.axes if axis.start in to]
 
 
 @dataclass

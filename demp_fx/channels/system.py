@@ -14,15 +14,22 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 
-_pool = torch.arange(1 << 16)
+_pools = [torch.arange(1 << 16)]  # each twice as long as the one before it
 
 
 def numbers(start: int, stop: int) -> Tensor:
     """The integers from `start` to `stop`, as a view of one growing tensor: a slice is cheap."""
-    global _pool
-    if stop > _pool.numel():
-        _pool = torch.arange(max(stop, 2 * _pool.numel()))
-    return _pool[start:stop]
+    if stop > _pools[-1].numel():
+        _pools.append(torch.arange(max(stop, 2 * _pools[-1].numel())))
+    return _pools[-1][start:stop]
+
+
+def is_run(atoms: Tensor) -> bool:
+    """Whether a vector is a slice of `numbers`, so that its first element is its offset there."""
+    if atoms.dim() != 1 or atoms.stride(0) != 1:
+        return False
+    storage = atoms.untyped_storage().data_ptr()
+    return any(pool.data_ptr() == storage for pool in _pools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +189,11 @@ Mark = tuple[int, ...]
 
 @dataclass
 class System:
-    """Everything a walk recorded, in order of execution; `ties`: the pairs of atoms in `sames`;
-    `root`: the classes that they make, once somebody has asked for them."""
+    """Everything a walk recorded, in order of execution.
+
+    `whole` and `ties`: what is in `sames`, as pairs of (the first atoms of) whole axes, and pairs
+    of single atoms; `root`: the classes that they make, once somebody has asked for them.
+    """
 
     axes: list[Axis] = field(default_factory=list)
     sames: list[Same] = field(default_factory=list)
@@ -194,6 +204,7 @@ class System:
     blocks: list[Blocks] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     groupings: list[Grouping] = field(default_factory=list)
+    whole: set[tuple[int, int]] = field(default_factory=set)
     ties: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64),) * 2
     root: Tensor | None = None
     atoms: int = 1
@@ -262,17 +273,24 @@ class System:
 
     def close(self) -> None:
         """Join all that was tied; where one side has no atom, pin the other one instead."""
-        if not self.sames:
+        sizes, single = {axis.start: axis.size for axis in self.axes}, []
+        for same in self.sames:
+            first = [int(t.storage_offset()) for t in (same.a, same.b) if is_run(t)]
+            if len(first) == 2 and {sizes.get(k) for k in first} == {same.a.numel()}:
+                self.whole.add((min(first), max(first)))
+            else:
+                single.append(same)
+        if not single:
             return
-        a = torch.cat([s.a for s in self.sames])
-        b = torch.cat([s.b for s in self.sames])
+        a = torch.cat([s.a for s in single])
+        b = torch.cat([s.b for s in single])
         bare = ((a == 0) != (b == 0)).nonzero().reshape(-1)
         if bare.numel():
-            ends = torch.tensor([s.a.numel() for s in self.sames]).cumsum(0)
+            ends = torch.tensor([s.a.numel() for s in single]).cumsum(0)
             which = torch.searchsorted(ends, bare, right=True)
             for k in which.unique().tolist():
                 atoms = torch.maximum(a, b)[bare[which == k]]
-                self.pin(atoms, "meets channels that no parameter makes", self.sames[k].site)
+                self.pin(atoms, "meets channels that no parameter makes", single[k].site)
         tied = (a != 0) & (b != 0) & (a != b)
         self.ties = a[tied], b[tied]
 
