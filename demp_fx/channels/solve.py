@@ -153,6 +153,8 @@ class Solver:
         axes = [(axis.start - 1, axis.stop - 1) for axis in system.axes]
         self.axes = np.array(axes, dtype=np.int64).reshape(-1, 2)
         self.carried = carried(system, self.folds)
+        blocks = {(b.atoms.shape, b.atoms.numpy().tobytes()): b.atoms for b in system.blocks}
+        self.blocks = list(blocks.values())  # the same ones are met by every op on their way
 
     def solve(self, hard: Set[int] = frozenset()) -> Solution:
         """The least fixpoint, those edges closed whose ids are `hard`."""
@@ -170,7 +172,7 @@ class Solver:
         steps, mask = self._steps(root.numpy(), hard), keep.numpy()
         while True:
             _propagate(steps, mask)
-            if not (self._revive(solution) or _complete(solution) or self._carry(solution)):
+            if not (self._revive(solution) or self._complete(solution) or self._carry(solution)):
                 return solution.settled()
 
     def _needs(self, step: Read | Edge | Link | Pin) -> tuple[list[Tensor], Tensor, bool]:
@@ -234,6 +236,19 @@ class Solver:
                 solution.revived.append(self.system.axes[k])
         return found
 
+    def _complete(self, solution: Solution) -> bool:
+        """Make blocks equal, and let the rows of a link survive with their gate."""
+        if not (solution.system.blocks or solution.system.links):
+            return False
+        before = int(solution.keep.sum()) + int(solution.fill.sum())
+        for link in solution.system.links:
+            rows, gate = solution.kept(link.rows).any(1), solution.kept(link.gate)
+            solution.add(link.gate[rows & ~gate])
+            solution.add(link.rows[gate & ~rows][:, 0])
+        for atoms in self.blocks:
+            solution.add(atoms[fillers(solution.kept(atoms))])
+        return int(solution.keep.sum()) + int(solution.fill.sum()) > before
+
     def _carry(self, solution: Solution) -> bool:
         """Keep the carriers: constants that no bias can take are folded into a few that stay."""
         found, root = False, solution.root.numpy()
@@ -271,17 +286,3 @@ def _propagate(steps: list[_Step], keep: Mask) -> None:
                 keep[needs] = True
                 changed = True
         waiting = later
-
-
-def _complete(solution: Solution) -> bool:
-    """Make blocks equal, and let the rows of a link survive with their gate."""
-    if not (solution.system.blocks or solution.system.links):
-        return False
-    before = int(solution.keep.sum()) + int(solution.fill.sum())
-    for link in solution.system.links:
-        rows, gate = solution.kept(link.rows).any(1), solution.kept(link.gate)
-        solution.add(link.gate[rows & ~gate])
-        solution.add(link.rows[gate & ~rows][:, 0])
-    for blocks in solution.system.blocks:
-        solution.add(blocks.atoms[fillers(solution.kept(blocks.atoms))])
-    return int(solution.keep.sum()) + int(solution.fill.sum()) > before

@@ -129,6 +129,8 @@ NORMS: dict[str, Callable[[Place], nn.Module]] = {
         nn.RMSNorm(at.width)
         if at.tokens
         else INSTANCE_NORMS[len(at.space) - 1](at.width, affine=True)
+        if max(at.space) > 1  # torch refuses to normalise a single place
+        else nn.Identity()
     ),
     "layer": lambda at: _last(at, nn.LayerNorm(at.width)),
     "layer_plain": lambda at: _last(at, nn.LayerNorm(at.width, elementwise_affine=False)),
