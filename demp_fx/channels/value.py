@@ -22,7 +22,8 @@ class Value:
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
     are its numbers, read when they are asked for; `matrix`: they are the rows that are all zero.
     `shares`: it sums to one along its last dim. `table`: it is computed from parameters and
-    buffers alone.
+    buffers alone. `never_negative`: no element ever is; `never_positive`: those that never are, a
+    mask that broadcasts.
     """
 
     labels: Labels = ()
@@ -33,6 +34,8 @@ class Value:
     matrix: bool = False
     shares: bool = False
     table: bool = False
+    never_negative: bool = False
+    never_positive: Tensor | None = None
 
     @property
     def facts(self) -> Facts | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
+from demp_fx.channels.rules.signs import is_never_negative, never_positive, rectified
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
@@ -40,8 +41,12 @@ def pointwise(walk: Stream, call: Call) -> None:
     facts = constants(walk, call, out) if walk.with_facts else None
     if len(call.tensors) == 1 and len(labels) == 1 and len(varying(labels[0])) == 1:
         walk.activations[call.site.node] = varying(labels[0])[0]
+    facts = rectified(walk, call, facts) if walk.with_facts else None
+    sinking = never_positive(walk, call) if walk.with_facts else None
     for other in call.outputs:
         walk.give(other, labels if other.shape == out.shape else (), facts)
+    walk.value(out).never_negative = is_never_negative(call)
+    walk.value(out).never_positive = sinking
 
 
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
