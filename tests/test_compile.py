@@ -557,3 +557,25 @@ def test_its_graph_prints_as_a_table(capsys: pytest.CaptureFixture[str]) -> None
         ["placeholder", "input_1"], ["call_module", "_0"], ["call_module", "_1"],
         ["call_module", "_2"], ["output", "output"],
     ]  # fmt: skip
+
+
+def test_a_scalar_that_scales_is_no_channel() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.scale = nn.Parameter(torch.tensor(0.7))
+            self.register_buffer("embed_scale", torch.tensor(4.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b((self.a(x) * self.embed_scale).relu()) * self.scale
+            return result
+
+    torch.manual_seed(0)
+    net = Scaled().double()
+    with torch.no_grad():
+        net.a.weight[:3] = net.a.bias[:3] = 0
+    x = torch.randn(5, 4, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,)).module
+    assert narrow.get_submodule("a").weight.shape == (3, 4)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

@@ -188,7 +188,12 @@ class Stream(TorchDispatchMode):
         read = self.with_facts and real.is_floating_point() and not real.is_meta
         line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
         value = self.params[name] = Value(
-            labels, None, real.detach(), 0, vector=read and line, matrix=read and not line
+            labels,
+            None,
+            real.detach(),
+            0,
+            vector=read and line,
+            matrix=read and not line and rank > 1,
         )
         return value
 
