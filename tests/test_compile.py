@@ -579,3 +579,27 @@ def test_a_scalar_that_scales_is_no_channel() -> None:
     narrow = demp_fx.compile(net, (x,)).module
     assert narrow.get_submodule("a").weight.shape == (3, 4)
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_goes_into_a_recurrent_layer_stays_and_says_why() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rnn = nn.Linear(4, 6), nn.LSTM(6, 5, bidirectional=True)
+            self.hidden, self.head = nn.Linear(10, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.hidden(self.rnn(self.embed(x).relu())[0]).relu())
+            return result
+
+    torch.manual_seed(0)
+    net = Tagger().double()
+    with torch.no_grad():
+        for layer in (net.embed, net.hidden):
+            layer.weight[:3] = layer.bias[:3] = 0
+    x = torch.randn(7, 2, 4, dtype=torch.float64)
+    result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("embed").weight.shape == (6, 4)
+    assert result.module.get_submodule("hidden").weight.shape == (5, 10)
+    assert any("recurrent layer" in pin.reason for pin in result.report.pinned)
+    torch.testing.assert_close(result.module(x), net(x), rtol=1e-12, atol=1e-12)

@@ -92,9 +92,9 @@ class Walk(Places):
     def _node(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.graph)
-        if node.op == "call_module" and str(node.target) in self.opaque:
+        if node.op == "call_module" and (reason := self._whole(str(node.target))):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-            return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs)
+            return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs, reason)
         if not self.labelled:
             return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
         self._pin_cropped(node)
@@ -226,9 +226,16 @@ class Walk(Places):
                     self.system.same(one, other, self.site)
         return trained
 
-    def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A submodule that could not be traced: whatever goes into it stays as it is."""
-        self._pin((args, kwargs), "it goes into a module that could not be traced")
+    def _whole(self, name: str) -> str:
+        """Why a submodule is not looked into, if it is not."""
+        if name in self.opaque:
+            return "it goes into a module that could not be traced"
+        recurrent = isinstance(self.graph.get_submodule(name), nn.RNNBase)  # all gates, every step
+        return "it goes into a recurrent layer, which is not narrowed" if recurrent else ""
+
+    def _leaf(self, module: nn.Module, args: Any, kwargs: Any, reason: str) -> Any:
+        """A submodule that is not looked into: whatever goes into it stays as it is."""
+        self._pin((args, kwargs), reason)
         try:
             return module(*args, **kwargs)
         except Exception:
