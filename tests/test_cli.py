@@ -286,7 +286,10 @@ def test_wrong_options_exit_with_2() -> None:
 
 def test_ctrl_c_exits_with_130(net: Path) -> None:
     net.write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
-    running = subprocess.Popen(process("compile", str(net)), stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        process("compile", str(net)), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background
+    )  # fmt: skip
     while not Path("started").exists():
         assert running.poll() is None
         time.sleep(0.05)
