@@ -120,11 +120,6 @@ def droppable(edge: Edge) -> Tensor | None:
     return None if edge.kind == "gather" or edge.facts is None else edge.facts.steady
 
 
-def solve(system: System, hard: Set[int] = frozenset()) -> Solution:
-    """The least fixpoint; `hard`: ids of edges that are not to be cut."""
-    return Solver(system).solve(hard)
-
-
 @dataclass(slots=True)
 class _Step:
     """A read, edge or link: any survivor in each of `outputs` keeps `needs`; if it goes in `pairs`,
