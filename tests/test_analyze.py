@@ -7,26 +7,12 @@ import json
 import networkx as nx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import demp_fx
 from demp_fx.errors import UsageError
-
-
-class Residual(nn.Module):
-    """Two convolutions around which the input passes by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.conv = nn.Conv2d(6, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        x = x + self.norm(self.conv(x))
-        return self.head(x.mean((2, 3)))
+from tests.report import networks
+from tests.report.networks import Residual
 
 
 def groups_of(model: nn.Module, *shape: int) -> demp_fx.DependencyGraph:
@@ -67,7 +53,7 @@ def test_inputs_and_outputs_are_pinned_with_op_node_and_line() -> None:
     assert by_reason["it is the network's output"].channels == 4
     reads = next(pin for reason, pin in by_reason.items() if "network's input" in reason)
     assert (reads.op, reads.node, reads.channels) == ("aten.convolution.default", "stem", 3)
-    assert all(f"{__file__}:" in str(pin.source) for pin in pins)
+    assert all(f"{networks.__file__}:" in str(pin.source) for pin in pins)
 
 
 def test_a_residual_sum_links_groups_instead_of_merging_them() -> None:
