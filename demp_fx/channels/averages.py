@@ -6,6 +6,7 @@ rewrite puts the old number there (`passes/count.py` has one row for each of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ LAYER_NORMS: set[Any] = {F.layer_norm, torch.ops.aten.layer_norm.default, nn.Lay
 RMS_NORMS: set[Any] = {F.rms_norm, torch.ops.aten.rms_norm.default, nn.RMSNorm}
 
 
+_AVERAGES = MEANS | LAYER_NORMS | RMS_NORMS
+
+
 def kind_of(node: fx.Node, graph: fx.GraphModule) -> Any:
     """The target of a node; of a module, its class."""
     if node.op == "call_module":
@@ -24,6 +28,7 @@ def kind_of(node: fx.Node, graph: fx.GraphModule) -> Any:
     return node.target
 
 
-def takes_average(node: fx.Node, graph: fx.GraphModule) -> bool:
-    """Whether a node is one of those above."""
-    return kind_of(node, graph) in MEANS | LAYER_NORMS | RMS_NORMS
+def takes_average(node: fx.Node, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a node is one of those above; `layers`: the modules by name."""
+    kind = type(layers[str(node.target)]) if node.op == "call_module" else node.target
+    return kind in _AVERAGES

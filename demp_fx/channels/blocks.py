@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from demp_fx.channels.labels import varying
+
+Atoms = npt.NDArray[np.int64]  # numpy looks at small arrays several times faster than torch
 
 
 def nested(label: Tensor) -> Tensor | None:
@@ -16,55 +20,64 @@ def nested(label: Tensor) -> Tensor | None:
     and merging in order make of an axis of consecutive atoms. Repetitions along a dim (a merged
     batch, say) are left out. None where there is no such arrangement.
     """
-    flat = label.squeeze()
-    if flat.dim() == 0:
+    flat = label.squeeze().numpy()
+    if flat.ndim == 0:
         return None
-    base = int(flat[(0,) * flat.dim()])
-    total, lines = torch.full((1,) * flat.dim(), base), []
-    for d in range(flat.dim()):
-        line = flat.movedim(d, 0).reshape(flat.size(d), -1)[:, 0] - base
-        total = total + line.reshape([-1 if k == d else 1 for k in range(flat.dim())])
-        lines.append(without_repeats(line))
-    if not torch.equal(total, flat):
+    base = int(flat.item(0))
+    total, lines = np.full((1,) * flat.ndim, base), []
+    for d in range(flat.ndim):
+        line = _line(flat, d) - base
+        total = total + line.reshape([-1 if k == d else 1 for k in range(flat.ndim)])
+        lines.append(_without_repeats(line))
+    if not np.array_equal(total, flat):
         return None
-    reach, atoms = 0, torch.tensor(base)
+    reach, atoms = 0, np.array(base)
     for line in sorted(lines, key=lambda f: int(f[1]) if len(f) > 1 else 0):
-        if line.numel() == 1 or int(line.diff().min()) <= reach:
+        if line.size == 1 or int((line[1:] - line[:-1]).min()) <= reach:
             return None
         reach += int(line[-1])
-        atoms = line.reshape(-1, *[1] * atoms.dim()) + atoms
-    return atoms
+        atoms = line.reshape(-1, *[1] * atoms.ndim) + atoms
+    return torch.from_numpy(atoms)
 
 
-def without_repeats(line: Tensor) -> Tensor:
+def _line(atoms: Atoms, dim: int) -> Atoms:
+    """The atoms along a dim, at the first index of all others."""
+    return atoms[tuple(slice(None) if d == dim else 0 for d in range(atoms.ndim))]
+
+
+def _without_repeats(line: Atoms) -> Atoms:
     """One period of a line that repeats each entry, or itself as a whole, or both."""
-    short = line.unique_consecutive()
-    times = line.numel() // short.numel()
-    if times > 1 and not torch.equal(short.repeat_interleave(times), line):
+    new = np.empty(line.size, dtype=bool)
+    new[:1] = True
+    np.not_equal(line[1:], line[:-1], out=new[1:])
+    short = line[new]
+    times = line.size // short.size
+    if times > 1 and not np.array_equal(short.repeat(times), line):
         return line
-    again = (short[1:] == short[0]).nonzero()
-    period = int(again[0]) + 1 if again.numel() else short.numel()
-    first: Tensor = short[:period]
-    if short.numel() % period or not torch.equal(first.repeat(short.numel() // period), short):
+    again = (short[1:] == short[0]).nonzero()[0]
+    period = int(again[0]) + 1 if again.size else short.size
+    first = short[:period]
+    if short.size % period or not np.array_equal(np.tile(first, short.size // period), short):
         return line
     return first
 
 
 def repeats_along(label: Tensor, dim: int) -> bool:
     """Whether the atoms along a dim repeat themselves: it is merged with another one."""
-    line = label.movedim(dim, 0).reshape(label.size(dim), -1)[:, 0]
-    return without_repeats(line - line[0]).numel() < line.numel()
+    line = _line(label.numpy(), dim)
+    return _without_repeats(line).size < line.size
 
 
 def outer_to_inner(label: Tensor) -> list[int]:
     """The varying dims of a label, the one with the largest step first."""
-    dims = varying(label)
-    corner = label[(0,) * label.dim()]
+    dims, atoms = varying(label), label.numpy()
+    if len(dims) < 2:
+        return list(dims)
 
     def step(d: int) -> int:
-        line = label.movedim(d, 0).reshape(label.size(d), -1)[:, 0] - corner
-        moves = line[line != 0]
-        return int(moves.abs().min()) if moves.numel() else 0
+        line = _line(atoms, d)
+        moves = line[line != line[0]] - line[0]
+        return int(np.abs(moves).min()) if moves.size else 0
 
     return sorted(dims, key=step, reverse=True)
 

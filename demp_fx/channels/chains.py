@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from demp_fx.channels.labels import Labels, varying
 
@@ -130,8 +129,3 @@ def is_flat(labels: Labels) -> bool:
     """Whether every label varies on one dim only, and no two on the same."""
     dims = [varying(label) for label in labels]
     return all(len(d) == 1 for d in dims) and len(set(dims)) == len(dims)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in a node's value."""
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]

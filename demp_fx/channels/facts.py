@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 EVAL, TRAIN = 0, 1
-FEW = 16  # fewer slices than one in so many are picked out, more are read with the whole
+_ZERO = torch.zeros((), dtype=torch.float64)
+_NOWHERE = torch.zeros((), dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,9 @@ class Facts:
         if not bool(known.any()):
             return None
         values = torch.where(known, values, 0.0)
-        maps = torch.where(known & (values != 0).any(0), profile, 0)
-        return cls(known, values, maps)
+        if profile == 0:
+            return cls(known, values, _NOWHERE.expand(known.shape))
+        return cls(known, values, torch.where(known & (values != 0).any(0), profile, 0))
 
     @classmethod
     def exactly(cls, numbers: Tensor) -> Facts:
@@ -47,13 +49,9 @@ class Facts:
         return cls(known, values, torch.zeros_like(known, dtype=torch.int64))
 
     @classmethod
-    def of_rows(cls, weight: Tensor) -> Facts | None:
-        """The rows (dim 0) of a weight that are all zero."""
-        empty = empty_slices(weight, 0)
-        if empty is None:
-            return None
-        found = cls.of(empty, torch.zeros(2, empty.numel(), dtype=torch.float64))
-        return None if found is None else found.spread(weight.dim(), 0)
+    def zeros(cls, known: Tensor) -> Facts:
+        """Zero where it is `known`."""
+        return cls(known, _ZERO.expand(2, *known.shape), _NOWHERE.expand(known.shape))
 
     @property
     def zero(self) -> Tensor:
@@ -125,37 +123,9 @@ class Facts:
 
 def same_place(facts: list[Facts]) -> list[Facts]:
     """The facts of several operands, broadcast against each other."""
+    if len(facts) == 1:
+        return facts
     rank = max(f.known.dim() for f in facts)
     facts = [f.aligned(rank) for f in facts]
     shape = torch.broadcast_shapes(*(f.known.shape for f in facts))
     return [f.map(lambda t: t.expand(shape)) for f in facts]
-
-
-def empty_slices(weight: Tensor, dim: int) -> Tensor | None:
-    """Which slices of a weight along `dim` are all zero; None where none is.
-
-    Two numbers of each slice are looked at first, so that a dense weight costs next to nothing;
-    where many could be empty, the whole is read once, in the order of its memory.
-    """
-    if weight.is_meta or weight.numel() == 0:
-        return None
-    for d, stride in enumerate(weight.stride()):
-        if stride == 0 and d != dim % weight.dim():  # expanded: the same numbers again
-            weight = weight.narrow(d, 0, 1)
-    slices = weight.movedim(dim, 0)
-    blank = torch.ones(slices.size(0), dtype=torch.bool, device=weight.device)
-    for end in (0, -1):
-        corner = slices
-        while corner.dim() > 1:
-            corner = corner.select(1, end)
-        blank &= corner == 0
-    index = blank.nonzero().reshape(-1)
-    if index.numel() == 0:
-        return None
-    others = [d for d in range(weight.dim()) if d != dim % weight.dim()]
-    if others and weight.is_floating_point() and index.numel() * FEW > blank.numel():
-        empty = (weight.amax(others) == 0) & (weight.amin(others) == 0)
-    else:
-        empty = torch.zeros_like(blank)
-        empty[index] = ~(weight.index_select(dim, index) != 0).movedim(dim, 0).flatten(1).any(1)
-    return empty.cpu() if bool(empty.any()) else None

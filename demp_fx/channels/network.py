@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from demp_fx.channels.chains import tensors_of
 from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.groups import Node
 from demp_fx.channels.places import SUMS
+from demp_fx.channels.value import tensors_of
 from demp_fx.channels.walk import Walk
 
 CATS = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}

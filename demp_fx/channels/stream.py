@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from demp_fx.channels.custom import FunctionOp, written
+from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import as_meta, on_zeros
@@ -53,9 +53,9 @@ class Stream(TorchDispatchMode):
         self.activations: dict[str, int] = {}
         self.site = Site("", "")
         self.names: dict[int, tuple[str, Tensor]] = {}
+        self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
         self.computed: dict[int, str] = {}  # by storage: who made the weights of the running node
-        self.quiet = False
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.masked = False  # whether the node that runs may mask all of a row
@@ -67,6 +67,11 @@ class Stream(TorchDispatchMode):
         self.splits = False  # whether an axis was split into blocks,
         self.counted = False  # whether zeros may leave an average that it takes over channels,
         self.opens = False  # and whether its channels go in with blocks, or come out of them
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nobody compiles a walk: torch need not guard each op against it."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -85,8 +90,6 @@ class Stream(TorchDispatchMode):
                 if func.namespace == "aten":
                     raise
                 out = on_zeros(func, args, kwargs)  # an op of somebody's own, without a fake
-        if self.quiet:
-            return out
         if not self.labelled:
             self._dry(func, args, out)
             return out
@@ -154,15 +157,6 @@ class Stream(TorchDispatchMode):
             where = f"node {call.site.node!r} ({call.site.source})"
             raise DempError(f"the rule of {call.op} failed at {where}: {error!r}") from error
 
-    @contextmanager
-    def silently(self) -> Iterator[None]:
-        """Run ops that are the walk's own, not the network's."""
-        before, self.quiet = self.quiet, True
-        try:
-            yield
-        finally:
-            self.quiet = before
-
     # -- what rules use -------------------------------------------------------------------------
 
     def value(self, tensor: Tensor) -> Value:
@@ -187,15 +181,21 @@ class Stream(TorchDispatchMode):
         )
         read = self.with_facts and real.is_floating_point() and not real.is_meta
         line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
-        value = self.params[name] = Value(
-            labels,
-            None,
-            real.detach(),
-            0,
-            vector=read and line,
-            matrix=read and not line and rank > 1,
-        )
+        data, rows = real.detach(), None
+        if read and not line and rank > 1:
+            rows = self.weights[_place(data)] = Empty(data)
+        value = self.params[name] = Value(labels, None, data, 0, vector=read and line, rows=rows)
         return value
+
+    def empty(self, weight: Tensor, dim: int) -> Tensor | None:
+        """Which slices of the numbers behind a value are all zero; None where none is."""
+        whole = self.weights.get(_place(weight))
+        if whole is not None:
+            axes = list(zip(whole.weight.shape, whole.weight.stride(), strict=True))
+            axis = (weight.size(dim), weight.stride(dim))
+            if axis in axes:
+                return whole.along(axes.index(axis))
+        return Empty(weight).along(dim)
 
     def give(
         self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,
@@ -276,3 +276,8 @@ class Stream(TorchDispatchMode):
     def version(self, tensor: Tensor) -> int:
         """How often what a tensor holds was changed in place."""
         return len(self.writes.get(tensor.untyped_storage()._cdata, ())) if self.writes else 0
+
+
+def _place(weight: Tensor) -> tuple[int, int, int]:
+    """The device, address and size of what a tensor and its whole views hold."""
+    return weight.get_device(), weight.data_ptr(), weight.numel()

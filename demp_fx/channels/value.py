@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels
 from demp_fx.channels.system import Site
@@ -20,7 +21,7 @@ class Value:
     """What the walk knows of one tensor.
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
-    are its numbers, read when they are asked for; `matrix`: they are the rows that are all zero.
+    are its numbers, read when they are asked for; `rows`: tells which of its rows are all zero.
     `shares`: it sums to one along its last dim. `table`: it is computed from parameters and
     buffers alone. `never_negative`: no element ever is; `never_positive`: those that never are, a
     mask that broadcasts.
@@ -31,7 +32,7 @@ class Value:
     data: Tensor | None = None
     version: int = 0
     vector: bool = False
-    matrix: bool = False
+    rows: Empty | None = None
     shares: bool = False
     table: bool = False
     never_negative: bool = False
@@ -41,20 +42,36 @@ class Value:
     def facts(self) -> Facts | None:
         if self.vector and self.known is None and self.data is not None:
             self.known = Facts.exactly(self.data)
-        if self.matrix and self.known is None and self.data is not None:
-            self.matrix, self.known = False, Facts.of_rows(self.data)
+        if self.rows is not None and self.known is None:
+            empty, rank = self.rows.along(0), self.rows.weight.dim()
+            self.rows = None
+            self.known = None if empty is None else Facts.zeros(empty).spread(rank, 0)
         return self.known
 
 
 @dataclass(slots=True)
 class Call:
-    """One ATen op as it was called, and what it returned."""
+    """One ATen op as it was called, and what it returned.
+
+    `tensors`: every tensor among the arguments, in order. `outputs`: every one that it returned.
+    """
 
     op: torch._ops.OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
     site: Site
+    tensors: list[Tensor] = field(init=False)
+    outputs: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensors = []
+        for a in (*self.args, *self.kwargs.values()) if self.kwargs else self.args:
+            if isinstance(a, Tensor):
+                self.tensors.append(a)
+            elif isinstance(a, (list, tuple)):
+                self.tensors.extend(t for t in a if isinstance(t, Tensor))
+        self.outputs = tensors_of(self.out)
 
     def arg(self, name: str) -> Any:
         """An argument by its name in the op's schema, or its default; None where it has none."""
@@ -63,22 +80,12 @@ class Call:
             return self.args[position]
         return self.kwargs.get(name, default)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, in order."""
-        found = []
-        for a in (*self.args, *self.kwargs.values()):
-            if isinstance(a, Tensor):
-                found.append(a)
-            elif isinstance(a, (list, tuple)):
-                found.extend(t for t in a if isinstance(t, Tensor))
-        return found
 
-    @property
-    def outputs(self) -> list[Tensor]:
-        if isinstance(self.out, Tensor):
-            return [self.out]
-        return [t for t in pytree.tree_leaves(self.out) if isinstance(t, Tensor)]
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in what an op or a node has given."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from demp_fx.channels.averages import takes_average
 from demp_fx.channels.blocks import nested
-from demp_fx.channels.chains import Chains, is_flat, tensors_of
+from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, varying
@@ -28,6 +28,7 @@ from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, witho
 from demp_fx.channels.places import SIZES, Places
 from demp_fx.channels.stream import Rule, Shape
 from demp_fx.channels.system import Blocks, Site, System
+from demp_fx.channels.value import tensors_of
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.tracing.functions import Apply
@@ -63,6 +64,7 @@ class Walk(Places):
         self.chains = Chains(graph, self.env)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
+        self.layers = dict(graph.named_modules(remove_duplicate=False))
 
     def run(self, inputs: Inputs) -> System:
         """Walk the whole graph on example `inputs`.
@@ -94,7 +96,7 @@ class Walk(Places):
             return operator.attrgetter(str(node.target))(self.graph)
         if node.op == "call_module" and (reason := self._whole(str(node.target))):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-            return self._leaf(self.graph.get_submodule(str(node.target)), args, kwargs, reason)
+            return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
         self._pin_cropped(node)
@@ -178,7 +180,7 @@ class Walk(Places):
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
-        self.counted = takes_average(node, self.graph)
+        self.counted = takes_average(node, self.layers)
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
@@ -186,7 +188,7 @@ class Walk(Places):
         try:
             with self:
                 if node.op == "call_module":
-                    return self._module(self.graph.get_submodule(str(node.target)), args, kwargs)
+                    return self._module(self.layers[str(node.target)], args, kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -230,7 +232,7 @@ class Walk(Places):
         """Why a submodule is not looked into, if it is not."""
         if name in self.opaque:
             return "it goes into a module that could not be traced"
-        recurrent = isinstance(self.graph.get_submodule(name), nn.RNNBase)  # all gates, every step
+        recurrent = isinstance(self.layers[name], nn.RNNBase)  # all gates, every step
         return "it goes into a recurrent layer, which is not narrowed" if recurrent else ""
 
     def _leaf(self, module: nn.Module, args: Any, kwargs: Any, reason: str) -> Any:

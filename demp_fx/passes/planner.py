@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
-from demp_fx.channels.chains import tensors_of
 from demp_fx.channels.constants import by_bias, foldable, independent
 from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Edge, Read
+from demp_fx.channels.value import tensors_of
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
 from demp_fx.passes.plan import Folding, Gather, PruningPlan, Regroup, Selection, Spread, Sum

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import outer_to_inner, rows_of
-from demp_fx.channels.facts import empty_slices
 from demp_fx.channels.labels import along, moved, varying
 from demp_fx.channels.rules.known import constants, zero_at
 from demp_fx.channels.rules.operand import Operand
@@ -167,7 +166,7 @@ def _read(
     if walk.with_facts:
         facts = facts.along(a.dim(letter), size) if facts is not None else None
         if weight is not None:
-            silent = empty_slices(weight, b.dim(letter))
+            silent = walk.empty(weight, b.dim(letter))
             axis = walk.axis_of(other)
             if axis is not None and axis.owner in walk.params:
                 fold = Fold(axis.owner, axis.dim, _name(walk, bias), padded)

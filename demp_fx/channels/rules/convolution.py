@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import repeats_along
-from demp_fx.channels.facts import Facts, empty_slices
+from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.contract import Keyed, add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
@@ -123,7 +123,7 @@ def _channelwise(
     real = None if real is None or real.is_meta else real
     known = torch.zeros(weight.size(0), dtype=torch.bool)
     if real is not None:
-        empty = empty_slices(real, 0)
+        empty = walk.empty(real, 0)
         known = known if empty is None else empty
     elif rows is not None:
         known = zero_at(rows, along(known, weight.dim(), 0)).reshape(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import outer_to_inner, rows_of
-from demp_fx.channels.facts import Facts, empty_slices
+from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
 from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.stream import Rule, Stream
@@ -170,7 +170,7 @@ def embedding(walk: Stream, call: Call) -> None:
         else:
             walk.pin(call, label, "rows are looked up by data")
     facts, table = None, walk.value(weight).data
-    silent = empty_slices(table, 1) if walk.with_facts and table is not None else None
+    silent = walk.empty(table, 1) if walk.with_facts and table is not None else None
     if silent is not None:
         facts = Facts.of(silent, torch.zeros(2, silent.numel(), dtype=torch.float64))
     walk.give(out, tuple(labels), None if facts is None else facts.spread(out.dim(), out.dim() - 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demp_fx.channels.facts import Facts, empty_slices
+from demp_fx.channels.facts import Facts
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Stream
 from demp_fx.channels.system import Read
@@ -66,21 +66,28 @@ def _computed(
     before = walk.value(a.tensor).facts if read is None else read.facts
     if before is not None and read is None:
         before = before.along(a.letters.find(summed), size)
-    facts = outputs_known(weight, before, offset_of(walk, bias, weight.size(0)), padded)
+    offset = offset_of(walk, bias, weight.size(0))
+    facts = outputs_known(weight, _empty_rows(walk, b, kept), before, offset, padded)
     return None if facts is None else facts.spread(len(result), result.find(kept))
+
+
+def _empty_rows(walk: Stream, b: Operand, kept: str) -> Tensor | None:
+    """The filters of a weight that are known to be zero; None where none is."""
+    facts = walk.value(b.tensor).facts
+    if facts is None:
+        return None
+    zero = facts.aligned(len(b.letters)).zero.movedim(b.dim(kept), 0).flatten(1).all(1)
+    return zero.expand(b.tensor.size(b.dim(kept))) if bool(zero.any()) else None
 
 
 def _silent_filters(
     walk: Stream, b: Operand, kept: str, result: str, bias: Tensor | None
 ) -> Facts | None:
     """Filters of a computed weight that are known to be zero: their outputs are the bias."""
-    facts = walk.value(b.tensor).facts
-    size = b.tensor.size(b.dim(kept))
-    offset = offset_of(walk, bias, size)
-    if facts is None or offset is None:
+    zero, offset = _empty_rows(walk, b, kept), offset_of(walk, bias, b.tensor.size(b.dim(kept)))
+    if zero is None or offset is None:
         return None
-    zero = facts.aligned(len(b.letters)).zero.movedim(b.dim(kept), 0).flatten(1).all(1)
-    found = Facts.of(zero.expand(size), offset.expand(2, -1))
+    found = Facts.of(zero, offset.expand(2, -1))
     return None if found is None else found.spread(len(result), result.find(kept))
 
 
@@ -126,9 +133,10 @@ def offset_of(walk: Stream, bias: Tensor | None, size: int) -> Tensor | None:
 
 
 def outputs_known(
-    weight: Tensor, before: Facts | None, offset: Tensor | None, padded: bool
+    weight: Tensor, empty: Tensor | None, before: Facts | None, offset: Tensor | None, padded: bool
 ) -> Facts | None:
-    """Facts of `weight` (out, in, *kernel) applied to channels with facts `before` (1-D)."""
+    """Facts of `weight` (out, in, *kernel), of which the rows `empty` are zero, applied to channels
+    with facts `before` (1-D)."""
     if offset is None:
         return None
     known = torch.zeros(weight.size(1), dtype=torch.bool) if before is None else before.known
@@ -136,7 +144,6 @@ def outputs_known(
     candidates = torch.arange(weight.size(0))
     rows = weight
     if blind.numel():
-        empty = empty_slices(weight, 0)
         ends = [weight.select(1, int(k)).flatten(1)[:, 0] if weight.dim() > 2
                 else weight.select(1, int(k)) for k in (blind[0], blind[-1])]  # fmt: skip
         maybe = ((ends[0] == 0) & (ends[1] == 0)).cpu()

@@ -41,14 +41,13 @@ def move(walk: Stream, call: Call) -> None:
     name = call.op._schema.name
 
     def apply(t: Tensor) -> list[Tensor]:
-        with walk.silently():
-            if name in RESHAPES:
-                return [reshaped(t, tensor.shape, call.outputs[0].shape)]
-            if name in PICKS and isinstance(call.args[1], int):
-                dim, index = call.args[1:3]
-                return [t if t.size(dim) == 1 else t.index_select(dim, index)]
-            whole = t if name in PERMUTES else t.expand(tensor.shape)
-            result = call.op(whole, *call.args[1:], **call.kwargs)
+        if name in RESHAPES:
+            return [reshaped(t, tensor.shape, call.outputs[0].shape)]
+        if name in PICKS and isinstance(call.args[1], int):
+            dim, index = call.args[1:3]
+            return [t if t.size(dim) == 1 else t.index_select(dim, index)]
+        whole = t if name in PERMUTES else t.expand(tensor.shape)
+        result = call.op(whole, *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
     walk.moves += 1
@@ -117,8 +116,15 @@ def _repeats(old: Tensor, new: Tensor) -> bool:
 def _facts(facts: Facts | None, apply: Callable[[Tensor], list[Tensor]]) -> list[Facts] | None:
     if facts is None:
         return None
-    parts = (facts.known, facts.values[0], facts.values[1], facts.profile)
-    return [compressed(*moved) for moved in zip(*map(apply, parts), strict=True)]
+    known = apply(facts.known)
+
+    def moved(part: Tensor) -> list[Tensor]:
+        if any(part.stride()):
+            return apply(part)
+        return [part.as_strided(t.shape, (0,) * t.dim()) for t in known]  # one number everywhere
+
+    parts = (known, moved(facts.values[0]), moved(facts.values[1]), moved(facts.profile))
+    return [compressed(*piece) for piece in zip(*parts, strict=True)]
 
 
 def compressed(known: Tensor, evaluated: Tensor, trained: Tensor, profile: Tensor) -> Facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -121,10 +122,10 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
         zeros = [f for f in facts if bool(f.zero.any())]
         return _annihilated(zeros, out) if call.op._schema.name in PRODUCTS else None
     facts = same_place(facts)
-    known = torch.stack([f.flat for f in facts]).all(0)
-    values = torch.stack([_run(call, [f.values[mode] for f in facts]) for mode in (0, 1)])
+    known = functools.reduce(torch.logical_and, [f.flat for f in facts])
+    values = _run(call, [f.values for f in facts])
     if call.op._schema.name in PRODUCTS:
-        zero = torch.stack([f.zero for f in facts]).any(0)
+        zero = functools.reduce(torch.logical_or, [f.zero for f in facts])
         known, values = known | zero, torch.where(zero, 0.0, values)
     elif len(facts) == 1:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
@@ -145,13 +146,13 @@ def _either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
 def _annihilated(facts: list[Facts], out: Tensor) -> Facts | None:
     if not facts:
         return None
-    zero = torch.stack([f.zero for f in same_place(facts)]).any(0)
+    zero = functools.reduce(torch.logical_or, [f.zero for f in same_place(facts)])
     result = Facts.of(zero, torch.zeros((2, *zero.shape), dtype=torch.float64))
     return None if result is None else result.aligned(out.dim())
 
 
 def _run(call: Call, values: list[Tensor]) -> Tensor:
-    """The op on real numbers in the places of its tensor operands."""
+    """The op on real numbers in the places of its tensor operands, in both modes."""
     feed = iter(values)
 
     def swap(a: Any) -> Any:
@@ -223,19 +224,43 @@ def _first(op: torch._ops.OpOverload) -> Shape:
     return lambda args: twin(args[0])
 
 
+def _shares(op: torch._ops.OpOverload) -> Shape:
+    """The shape of a softmax, unless it gives another dtype."""
+    return lambda args: op(*args) if any(args[2:]) else twin(args[0])
+
+
 def _alike(op: torch._ops.OpOverload) -> Shape:
-    """The shape of an op on two operands of the same sizes, or on one and a number."""
+    """The shape of an op on two operands of one dtype that fit, or on one and a number."""
     in_place = torch.Tag.inplace in op.tags
 
     def shape(args: tuple[Any, ...]) -> Any:
         x, y = args[0], args[1]
         if isinstance(x, Tensor) and x.is_floating_point():
-            plain = isinstance(y, (int, float))
-            if plain or (isinstance(y, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype)):
+            if isinstance(y, (int, float)):
                 return x if in_place else twin(x)
+            if isinstance(y, Tensor) and x.dtype == y.dtype:
+                if x.shape == y.shape:
+                    return x if in_place else twin(x)
+                sizes = _broadcast(x, y)
+                if in_place and sizes == tuple(x.shape):
+                    return x
+                if sizes is not None and not in_place:
+                    return torch.empty(sizes, dtype=x.dtype, device="meta")
         return op(*args)
 
     return shape
+
+
+def _broadcast(x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+    """The sizes of an elementwise result; None where they do not fit, or where its memory may be
+    laid out in another order."""
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return None
+    short, long = sorted((tuple(x.shape), tuple(y.shape)), key=len)
+    short = (1,) * (len(long) - len(short)) + short
+    if any(m != n and 1 not in (m, n) for m, n in zip(short, long, strict=True)):
+        return None
+    return tuple(max(m, n) if 0 not in (m, n) else 0 for m, n in zip(short, long, strict=True))
 
 
 # What torch computes slowly on meta tensors, through decompositions in Python.
@@ -252,10 +277,14 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
         )
     },
     **{
+        op: _shares(op)
+        for op in (aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
+    },
+    **{
         op: _alike(op)
         for op in (
             aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor,
-            aten.div.Tensor,
+            aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
         )
     },
 }  # fmt: skip
