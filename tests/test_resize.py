@@ -67,3 +67,36 @@ def test_a_size_that_the_code_insists_on_keeps_the_channels() -> None:
     result = demp_fx.compile(model, torch.randn(4, 4, 5).double())
     assert result.module.get_parameter("make.weight").shape[0] == 8
     assert any("make.weight[0]" in pin.members for pin in result.report.pinned)
+
+
+class PerImage(nn.Module):
+    """Every image gets a convolution of its own: the batch lies within the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+        self.choose, self.kernels = nn.Linear(3, 2), nn.Parameter(torch.randn(2, 4 * 8))
+        with torch.no_grad():
+            self.make.weight[[1, 4, 6]] = 0
+            self.make.bias[[1, 4, 6]] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.make(x)
+        images, channels, height, width = made.shape
+        kernels = (self.choose(x.mean((2, 3))) @ self.kernels).view(images * 4, 8, 1, 1)
+        merged = made.reshape(1, images * channels, height, width)
+        mixed = F.conv2d(merged, kernels, groups=images)
+        return self.read(mixed.view(images, 4, height, width))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_batch_within_the_channels_stays_free(images: int) -> None:
+    model = PerImage()
+    result = demp_fx.compile(model, torch.randn(images, 3, 5, 5).double())
+    if images == 1:
+        assert result.module.get_parameter("make.weight").shape[0] == 5
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 5, 5).double()
+        assert torch.allclose(result.module(x), model(x), atol=1e-12)

@@ -20,6 +20,7 @@ from demp_fx.errors import DempError
 from demp_fx.passes.plan import Literal
 
 Masks = dict[int, Tensor]
+ASKS = {"size", getattr, torch.ops.aten.sym_size.int}  # what asks for sizes
 
 
 class MisfitError(DempError):
@@ -55,6 +56,32 @@ class Sizes:
         """An argument, or the example value of the node that computes it (`x.shape[1] // 2`)."""
         return self.env.get(given) if isinstance(given, fx.Node) else given
 
+    def follows(self, given: Any) -> Any:
+        """What an argument will be in the narrow graph, where that is worked out of sizes; None
+        where nobody can tell."""
+        if not isinstance(given, fx.Node):
+            return given
+        if given.target in ASKS and isinstance(given.args[0], fx.Node):
+            return self._asked(given)
+        arguments = [self.follows(a) for a in given.args]
+        if given.op != "call_function" or given.kwargs or any(a is None for a in arguments):
+            return None
+        plain = all(isinstance(a, (int, float, slice, tuple)) for a in arguments)
+        return given.target(*arguments) if plain else None  # type: ignore[operator]
+
+    def _asked(self, node: fx.Node) -> Any:
+        """`x.shape`, `x.size()` or `x.size(d)` of the narrow x."""
+        source, *rest = node.args
+        assert isinstance(source, fx.Node)
+        if not isinstance(self.env[source], Tensor):
+            return None
+        new = self.new(source)
+        shape = tuple(new.get(d, n) for d, n in enumerate(self.env[source].shape))
+        if node.target is getattr:
+            return shape if rest == ["shape"] else None
+        dim = rest[0] if rest else node.kwargs.get("dim")
+        return shape if dim is None else shape[dim] if isinstance(dim, int) else None
+
     def cut(self, node: fx.Node, source: fx.Node, dim: int, *ends: int) -> Tensor | None:
         """Which indices of a dim of `source` stay, to tell where `node` cuts it: at `ends`, before
         each of which as many must stay in one block as in another."""
@@ -84,14 +111,20 @@ def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     shape, merged = sizes.env[node].shape, sizes.merged(node)
     if len(given) != len(shape):
         return
-    for d, size in enumerate(given):
+    asked = {d for d, size in enumerate(given) if isinstance(size, fx.Node)}
+    changes = {
+        d: new.get(d, shape[d])
+        for d, size in enumerate(given)
         # a size of another tensor may change where this one does not
-        other = isinstance(size, fx.Node) and size in sizes.changed
-        n = new.get(d, shape[d])
-        if (d in new or other) and size not in (-1, n):
-            # the batch, or another size of the input, is in it: torch works it out
-            free = merged == {d} and -1 not in given
-            yield Literal(node=node.name, path=[*path(d)], value=-1 if free else n)
+        if (d in new or (d in asked and size in sizes.changed))
+        and sizes.follows(size) not in (-1, new.get(d, shape[d]))
+    }
+    # where the batch, or another size of the input, is in it, torch works it out
+    free = merged | (asked & changes.keys())
+    if len(free) == 1 and -1 not in given:
+        changes |= dict.fromkeys(free & changes.keys(), -1)
+    for d, n in changes.items():
+        yield Literal(node=node.name, path=[*path(d)], value=n)
 
 
 def _variadic(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from demp_fx.passes.plan import Literal
-from demp_fx.passes.resize import SIZED, Sizes
-
-ASKS = {"size", getattr, torch.ops.aten.sym_size.int}
+from demp_fx.passes.resize import ASKS, SIZED, Sizes
 
 
 def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:

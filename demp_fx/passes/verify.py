@@ -52,7 +52,14 @@ def verify(
                 continue  # a batch size, or a mode, that the original itself does not take
             if precision == "own":
                 tolerance = max(tolerance, ROUGH * coarse)
-            found = run(narrow, trial, training, precision)
+            try:
+                found = run(narrow, trial, training, precision)
+            except Exception as failure:
+                sizes = [tuple(t.shape) for t in trial.tensors]
+                raise VerificationError(
+                    f"the narrow module does not take inputs of shape {sizes}, which the original "
+                    f"takes: {failure}; nothing was handed over"
+                ) from failure
             error = _difference(expected, found)
             if error > tolerance and training != narrow.training and followed_mode(narrow):
                 break  # in this mode the original goes another way, which the trace has noted
