@@ -29,7 +29,8 @@ SIZES = {getattr, "size", "dim", "numel", "ndimension", aten.sym_size.int}
 class Places(Stream):
     """A stream of ATen ops under the nodes of a graph: `env` holds what each has given.
 
-    `given`: nodes that depend on the network's inputs; `exits`: nodes behind which blocks end.
+    `given`: nodes that depend on the network's inputs; `made`: those that are computed of
+    parameters alone, such as a standardised weight; `exits`: nodes behind which blocks end.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Places(Stream):
         self.cut_at: dict[int, int] = {}
         self.exits: set[fx.Node] = set()
         self.given: set[fx.Node] = set()
+        self.made: set[fx.Node] = set()
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
@@ -59,12 +61,12 @@ class Places(Stream):
             self._stale(n, value)
         if not value.labels or value.version != self.version(tensor):
             return tensor
-        if user not in self.given:
+        if user in self.made:
             return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum", fixed)
         readers = sum(1 for reader in n.users if reader.target not in SIZES)
-        if n not in self.given:
+        if n in self.made:
             only = self._pinned(value) if readers == 1 else value.labels
             return self._cut(n, user, tensor, value, "gather", only=only)
         if spread:
@@ -198,7 +200,9 @@ class Places(Stream):
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
             return False
         x, y = self.env[a], self.env[b]
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or not {a, b} <= self.given:
+        if "get_attr" in (a.op, b.op) or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            return False
+        if a in self.made or b in self.made:
             return False
         if node.target in IN_PLACE_SUMS and len(a.users) > 1:
             return False

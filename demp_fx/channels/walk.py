@@ -100,6 +100,9 @@ class Walk(Places):
         if not self.labelled:
             return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
         self._pin_cropped(node)
+        sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
+        if sources and all(n.op == "get_attr" or n in self.made for n in sources):
+            self.made.add(node)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -172,7 +175,7 @@ class Walk(Places):
         self.computed = {
             t.untyped_storage()._cdata: n.name
             for n, t in entered.items()
-            if n not in self.given and n.op != "get_attr" and isinstance(t, Tensor)
+            if n in self.made and isinstance(t, Tensor)
         }
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
