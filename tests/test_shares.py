@@ -78,3 +78,27 @@ def test_shares_over_another_dim_are_none() -> None:
     x = torch.randn(3, 7, 16, dtype=torch.float64)
     narrow = demp_fx.compile(net, (x,), cuts="always").module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Pooled(nn.Module):
+    """All places of each channel averaged, with one share for each: the shares come second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.weigh, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 1, 1), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.make.weight[[1, 4, 6]] = 0  # the bias stays
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.weigh(x).flatten(1).softmax(-1)
+        pooled: Tensor = self.read((self.make(x).flatten(2) @ shares.unsqueeze(-1)).squeeze(-1))
+        return pooled
+
+
+def test_shares_may_come_second_and_be_moved() -> None:
+    torch.manual_seed(0)
+    net, x = Pooled(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    narrow = demp_fx.compile(net, x, cuts="always").module
+    assert narrow.get_submodule("read").weight.shape == (2, 5)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

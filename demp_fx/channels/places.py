@@ -228,8 +228,8 @@ class Places(Stream):
         for label in () if fills else value.labels:
             self.system.pin(label, CHANGED, self.site)
         value.known = filled(value.facts, tensor, writes) if fills else None
-        value.vector = value.shares = value.never_negative = False
-        value.rows = value.never_positive = None
+        value.vector = value.never_negative = False
+        value.rows = value.shares = value.never_positive = None
         if fills:
             value.version = self.version(tensor)
 

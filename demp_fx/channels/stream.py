@@ -17,7 +17,7 @@ from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.meta import as_meta, on_zeros
-from demp_fx.channels.shares import gives_shares
+from demp_fx.channels.shares import shares_of
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write
@@ -144,8 +144,9 @@ class Stream(TorchDispatchMode):
         values = [self.value(tensor) for tensor in call.tensors]
         if any(value.labels or value.known is not None for value in values):
             self._apply(call)
-        if values and gives_shares(call, values[0], self.masked):
-            self.value(call.outputs[0]).shares = True
+        shares = shares_of(call, values[0], self.masked) if values else None
+        if shares is not None:
+            self.value(call.outputs[0]).shares = shares
 
     def _apply(self, call: Call) -> None:
         self.applied += 1

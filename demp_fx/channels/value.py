@@ -22,7 +22,7 @@ class Value:
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
     are its numbers, read when they are asked for; `rows`: tells which of its rows are all zero.
-    `shares`: it sums to one along its last dim. `table`: it is computed from parameters and
+    `shares`: the dim along which it sums to one. `table`: it is computed from parameters and
     buffers alone. `never_negative`: no element ever is; `never_positive`: those that never are, a
     mask that broadcasts.
     """
@@ -33,7 +33,7 @@ class Value:
     version: int = 0
     vector: bool = False
     rows: Empty | None = None
-    shares: bool = False
+    shares: int | None = None
     table: bool = False
     never_negative: bool = False
     never_positive: Tensor | None = None

@@ -17,15 +17,16 @@ def constants(
 ) -> Facts | None:  # fmt: skip
     """Outputs that depend on constants only: their weights on every unknown input are zero."""
     found = _computed(walk, a, b, result, bias, padded, read)
-    average = _averaged(walk, a, b, result) if bias is None else None
-    return found if average is None else average.under(found)
+    for one, other in ((a, b), (b, a)) if bias is None else ():
+        average = _averaged(walk, one, other, result)
+        found = found if average is None else average.under(found)
+    return found
 
 
 def _averaged(walk: Stream, a: Operand, b: Operand, result: str) -> Facts | None:
     """Constants of `b` that do not vary along the summed dim, where `a` holds shares along it."""
-    summed = a.letters[-1]
-    facts = walk.value(b.tensor).facts
-    if facts is None or not walk.value(a.tensor).shares or summed in result:
+    facts, shares = walk.value(b.tensor).facts, walk.value(a.tensor).shares
+    if facts is None or shares is None or (summed := a.letters[shares]) in result:
         return None
     facts = facts.aligned(len(b.letters))
     first = facts.map(lambda t: t.narrow(b.dim(summed), 0, 1))
