@@ -94,9 +94,11 @@ class Places(Stream):
     ) -> Tensor:  # fmt: skip
         rank = tensor.dim()
         labels, cut = [], False
+        blocks = {d for label in value.labels if len(varying(label)) > 1 for d in varying(label)}
         for label in value.labels:
             dims = varying(label)
             chosen = len(dims) == 1 and (only is None or any(label is one for one in only))
+            chosen = chosen and dims[0] not in blocks
             if chosen and (fixed or not (self.merged and _repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from demp_fx.channels.analysis import walk
@@ -47,6 +49,7 @@ def make_plan(
 def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
     """Solve and plan; where a node's code does not take its new sizes, pin it and start over."""
     pinned: set[fx.Node] = set()
+    refused: Counter[fx.Node] = Counter()
     for node in walked.env:
         if node.name in walked.sliced and node.target not in ROWS:
             pinned.add(node)
@@ -65,7 +68,8 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
         if not misfits:
             return Planned(plan, module, solution, walked, after)
         for misfit in misfits:
-            _pin_first(walked, misfit, pinned)
+            _pin_around(walked, misfit, pinned, many=2 ** refused[misfit])
+            refused[misfit] += 1
 
 
 def _misfits(walked: Walk, plan: PruningPlan, after: Walk) -> list[fx.Node]:
@@ -114,16 +118,25 @@ def _original(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     return names[node.name]
 
 
-def _pin_first(walked: Walk, misfit: fx.Node, pinned: set[fx.Node]) -> None:
-    """Pin a node that does not fit; if that has been tried, the nearest one that feeds it."""
-    nodes = [misfit]
+def _pin_around(walked: Walk, misfit: fx.Node, pinned: set[fx.Node], many: int) -> None:
+    """Pin a node that does not fit; if that has been tried, the nearest `many` that feed it. Where
+    none is left the whole network is kept."""
+    nodes, seen, found = [misfit], {misfit}, 0
     for node in nodes:
         if node not in pinned:
             pinned.add(node)
-            if _pin(walked, node):
+            found += _pin(walked, node)
+            if found == many:
                 return
-        nodes += [n for n in node.all_input_nodes if n not in nodes]
-    raise DempError(f"the plan does not fit node {misfit.name!r}, whatever is kept there")
+        new = [n for n in node.all_input_nodes if n not in seen]
+        nodes += new
+        seen.update(new)
+    if not found:
+        site = Site(str(misfit.target), misfit.name, misfit.meta.get("source"))
+        everything = torch.arange(1, walked.system.atoms)
+        if walked.system.is_fixed(everything):
+            raise DempError(f"the plan does not fit node {misfit.name!r}, whatever is kept there")
+        walked.system.pin(everything, "no plan was found that fits its code", site)
 
 
 def _pin(walked: Walk, node: fx.Node) -> bool:

@@ -21,15 +21,15 @@ def cat(walk: Stream, call: Call) -> None:
     tensors, out = call.tensors, call.outputs[0]
     tensors = [t for t in tensors if t.dim() == out.dim()]
     dim = (call.arg("dim") or 0) % out.dim()
-    keys = {varying(label) for t in tensors for label in walk.value(t).labels}
-    for t in tensors:  # a dim that two axes were merged into has two labels, a join has one
-        found = [varying(label) for label in walk.value(t).labels]
-        for label in walk.value(t).labels:
-            if found.count(varying(label)) > 1:
+    given = _levelled(walk, call, tensors, dim)
+    for found in given:  # a dim that two axes were merged into has two labels, a join has one
+        keys = [varying(label) for label in found]
+        for label, key in zip(found, keys, strict=True):
+            if keys.count(key) > 1:
                 walk.pin(call, label, "is joined with channels of another axis merged in")
     labels = []
-    for key in sorted(keys):
-        pieces = [_piece(walk, t, key) for t in tensors]
+    for key in sorted({varying(label) for found in given for label in found}):
+        pieces = [_piece(found, key, out.dim()) for found in given]
         if dim in key:
             labels.append(_join(pieces, tensors, dim))
             if len(key) > 1:
@@ -50,9 +50,10 @@ def stack(walk: Stream, call: Call) -> None:
     """Values beside each other on a new dim: what is at one place in each of them is one."""
     tensors, out = call.tensors, call.outputs[0]
     dim = (call.arg("dim") or 0) % out.dim()
+    given = _levelled(walk, call, tensors)
     labels: dict[tuple[int, ...], Tensor] = {}
-    for key in sorted({varying(label) for t in tensors for label in walk.value(t).labels}):
-        pieces = [_piece(walk, t, key) for t in tensors]
+    for key in sorted({varying(label) for found in given for label in found}):
+        pieces = [_piece(found, key, tensors[0].dim()) for found in given]
         full = next(p for p in pieces if p.numel() > 1)
         labels[key] = full.unsqueeze(dim)
         for p in pieces:
@@ -79,11 +80,28 @@ def _same_rows(walk: Stream, call: Call, pieces: list[Tensor], dims: tuple[int, 
         walk.link(row, gate, call.site)
 
 
-def _piece(walk: Stream, tensor: Tensor, key: tuple[int, ...]) -> Tensor:
-    for label in walk.value(tensor).labels:
+def _levelled(
+    walk: Stream, call: Call, tensors: list[Tensor], dim: int | None = None
+) -> list[list[Tensor]]:
+    """The labels of each operand. Where one has blocks of channels, and another has channels on
+    some of their dims only, what is at one place in each block is one."""
+    given = [list(walk.value(t).labels) for t in tensors]
+    keys = {varying(label) for found in given for label in found}
+    for found in given:
+        own = {varying(label) for label in found}
+        for k, label in enumerate(found):
+            blocks = set(varying(label))
+            within = [key for key in keys - own if set(key) < blocks and dim not in blocks]
+            if len(within) == 1:
+                found[k] = walk.tie(label, tuple(blocks - set(within[0])), call)
+    return given
+
+
+def _piece(labels: list[Tensor], key: tuple[int, ...], rank: int) -> Tensor:
+    for label in labels:
         if varying(label) == key:
             return label
-    return torch.zeros((1,) * tensor.dim(), dtype=torch.int64)
+    return torch.zeros((1,) * rank, dtype=torch.int64)
 
 
 def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
