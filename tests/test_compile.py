@@ -581,11 +581,12 @@ def test_a_scalar_that_scales_is_no_channel() -> None:
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
 
 
-def test_what_goes_into_a_recurrent_layer_stays_and_says_why() -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_of_a_recurrent_layer_the_input_gets_narrower(kind: type[nn.RNNBase]) -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.rnn = nn.Linear(4, 6), nn.LSTM(6, 5, bidirectional=True)
+            self.embed, self.rnn = nn.Linear(4, 6), kind(6, 5, num_layers=2, bidirectional=True)
             self.hidden, self.head = nn.Linear(10, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -596,10 +597,19 @@ def test_what_goes_into_a_recurrent_layer_stays_and_says_why() -> None:
     net = Tagger().double()
     with torch.no_grad():
         for layer in (net.embed, net.hidden):
-            layer.weight[:3] = layer.bias[:3] = 0
+            layer.weight[:3] = 0
+            layer.bias[:3] = torch.tensor([0.0, 0.5, -1.0])  # one constant for the RNN's biases
     x = torch.randn(7, 2, 4, dtype=torch.float64)
     result = demp_fx.compile(net, (x,))
-    assert result.module.get_submodule("embed").weight.shape == (6, 4)
+    rnn = result.module.get_submodule("rnn")
+    assert isinstance(rnn, kind)
+    assert rnn.input_size == rnn.weight_ih_l0.shape[1] == rnn.weight_ih_l0_reverse.shape[1] == 3
+    assert rnn.weight_hh_l0.shape[1] == rnn.hidden_size == 5
+    assert result.module.get_submodule("embed").weight.shape == (3, 4)
     assert result.module.get_submodule("hidden").weight.shape == (5, 10)
     assert any("recurrent layer" in pin.reason for pin in result.report.pinned)
-    torch.testing.assert_close(result.module(x), net(x), rtol=1e-12, atol=1e-12)
+    assert 0 < result.report.macs_after < result.report.macs_before
+    longer = torch.randn(9, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(result.module(longer), net(longer), rtol=1e-12, atol=1e-12)
+    result.module(x).sum().backward()
+    assert all(p.grad is not None for p in rnn.parameters())

@@ -1,4 +1,5 @@
-"""Operations that are not torch's own: autograd functions, and what a schema says is written."""
+"""Operations that are no ATen ops: autograd functions and recurrent layers; and what a schema says
+is written."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from demp_fx.tracing.functions import Apply
@@ -33,6 +34,26 @@ class FunctionOp:
 
     def __str__(self) -> str:
         return str(self._schema.name)
+
+
+class LayerOp:
+    """A recurrent layer in the place of an ATen op: it is met as a whole."""
+
+    NAME = "torch.nn.RNNBase"
+    is_view = False
+    tags: tuple[torch.Tag, ...] = ()
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        self.layer = layer
+        self._schema = SimpleNamespace(name=self.NAME, arguments=[])
+
+    def macs(self, x: Any) -> int:
+        """Multiplications: each weight meets every step of every sequence once."""
+        steps = x.numel() // max(1, x.size(-1)) if isinstance(x, Tensor) else 0
+        return steps * sum(p.numel() for p in self.layer.parameters() if p.dim() > 1)
+
+    def __str__(self) -> str:
+        return type(self.layer).__name__
 
 
 def written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

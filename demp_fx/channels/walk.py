@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from demp_fx.channels.averages import takes_average
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
+from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.masks import may_mask_all
@@ -28,7 +30,7 @@ from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, witho
 from demp_fx.channels.places import SIZES, Places
 from demp_fx.channels.stream import Rule, Shape
 from demp_fx.channels.system import Blocks, Site, System
-from demp_fx.channels.value import tensors_of
+from demp_fx.channels.value import Call, tensors_of
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.tracing.functions import Apply
@@ -184,11 +186,14 @@ class Walk(Places):
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
+        layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.RNNBase):
+            return self._recurrent(layer, args, kwargs)
         start = self.system.mark()
         try:
             with self:
-                if node.op == "call_module":
-                    return self._module(self.layers[str(node.target)], args, kwargs)
+                if layer is not None:
+                    return self._module(layer, args, kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -230,14 +235,25 @@ class Walk(Places):
 
     def _whole(self, name: str) -> str:
         """Why a submodule is not looked into, if it is not."""
-        if name in self.opaque:
-            return "it goes into a module that could not be traced"
-        recurrent = isinstance(self.layers[name], nn.RNNBase)  # all gates, every step
-        return "it goes into a recurrent layer, which is not narrowed" if recurrent else ""
+        return "it goes into a module that could not be traced" if name in self.opaque else ""
 
     def _leaf(self, module: nn.Module, args: Any, kwargs: Any, reason: str) -> Any:
         """A submodule that is not looked into: whatever goes into it stays as it is."""
         self._pin((args, kwargs), reason)
+        return self._ran(module, args, kwargs)
+
+    def _recurrent(self, layer: nn.RNNBase, args: Any, kwargs: Any) -> Any:
+        """A recurrent layer, met as a whole: its kernels are many small ones for each step."""
+        out, op = self._ran(layer, args, kwargs), LayerOp(layer)
+        if self.labelled:
+            call: Any = op
+            self._meet(Call(call, args, kwargs, out, replace(self.site, op=str(op))))
+        else:
+            self.system.macs += op.macs(args[0])
+        return out
+
+    def _ran(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a module gives, outside of the mode."""
         try:
             return module(*args, **kwargs)
         except Exception:

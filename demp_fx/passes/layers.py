@@ -51,6 +51,7 @@ ROWS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
                               "embedding_dim": m.weight.shape[1]}),
     (nn.GroupNorm, _group_norm),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.RNNBase, lambda m: {"input_size": m.weight_ih_l0.shape[1]}),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
 )  # fmt: skip
 

@@ -87,7 +87,7 @@ class Shift(Block):
 
 
 class Recurrent(Block):
-    """A recurrent layer, which stays whole."""
+    """A recurrent layer, of which the input gets narrower."""
 
     worlds = ("tokens",)
     draws = {"kind": st.sampled_from(["LSTM", "GRU", "RNN"]), "width": widths}

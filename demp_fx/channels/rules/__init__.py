@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 
 from demp_fx.channels.custom import written
-from demp_fx.channels.rules import contract, convolution, couple, join, move, norm, pick, pointwise
+from demp_fx.channels.rules import (
+    contract,
+    convolution,
+    couple,
+    join,
+    move,
+    norm,
+    pick,
+    pointwise,
+    recurrent,
+)
 from demp_fx.channels.stream import Rule, Shape, Stream
 from demp_fx.channels.value import Call
 
@@ -22,6 +32,7 @@ RULES: dict[str, Rule] = {
     **convolution.RULES,
     **norm.RULES,
     **couple.RULES,
+    **recurrent.RULES,
 }
 SHAPES: dict[torch._ops.OpOverload, Shape] = {
     **join.SHAPES,
