@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import operator
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
+
+_UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 
 
 class Unknown:
@@ -117,6 +121,19 @@ class _Known:
 
     def __len__(self) -> int:
         return int(self.tracer.length(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        """As many items as the caller unpacks, in `a, b = proxy`, or else as many as there are.
+        torch.fx finds this out by disassembling all of the caller."""
+        frame = sys._getframe(1)
+        code, place = frame.f_code.co_code, frame.f_lasti
+        if code[place] != _UNPACK:
+            items: Iterator[Any] = self.tracer.iter(self)
+            return items
+        count = code[place + 1]
+        if code[place - 2] == _EXTENDED:
+            count += code[place - 1] << 8
+        return (self[i] for i in range(count))  # type: ignore[index]
 
     def __index__(self) -> int:
         return operator.index(self.tracer.decided(self))
