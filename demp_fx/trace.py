@@ -20,7 +20,7 @@ from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.tracing.exported import Exporter
 from demp_fx.tracing.merge import DiffersError, Version, merge
-from demp_fx.tracing.module import TracedModule, TraceNotes, assemble
+from demp_fx.tracing.module import TracedModule, TraceNotes, draft
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
 from demp_fx.tracing.values import in_mode
@@ -46,12 +46,19 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
             initialised first.
         TraceError: the model's own forward could not be traced.
     """
+    module = trace_graph(model, example_inputs)
+    module.recompile()
+    return module
+
+
+def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
+    """What `trace` returns, for the use of its graph: see `draft`."""
     inputs = Inputs.of(example_inputs)
     _bind(_checked(model), inputs)
     own = set(vars(model))
     try:
         graph, notes = _graph(model, lambda: _bind(model, inputs))
-        module = assemble(model, graph, type(model).__name__)
+        module = draft(model, graph, type(model).__name__)
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
             delattr(model, constant)
@@ -120,6 +127,8 @@ def _symbolic(
 
 def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:
     """Why a graph says too little: most of the parameters are in modules that failed; or ""."""
+    if not tracer.opaque:
+        return ""
     sizes = {id(p): p.numel() for p in model.parameters()}
     modules = dict(model.named_modules())
     names = [n for n in tracer.opaque if n in modules and n not in tracer.chosen]
