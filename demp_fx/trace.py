@@ -111,15 +111,18 @@ def _symbolic(
     whole, and else it stays in the mode that it is in."""
     tracer = Tracer(bind())
     graph = tracer.trace(model)
+    uniform = all(mode == model.training for mode in tracer.modes.values())
     for forking in (False, True) if tracer.by_mode else ():
-        versions, tracers = [], []
-        for training in (False, True):
+        done = {model.training: (graph, tracer)} if uniform and not forking else {}
+        for training in {False, True} - done.keys():
             with in_mode(model, training), contextlib.suppress(Exception):
-                tracers.append(Tracer(bind(), forking))
-                versions.append(Version(tracers[-1].trace(model)))
+                attempt = Tracer(bind(), forking)
+                done[training] = attempt.trace(model), attempt
+        if len(done) < 2:
+            continue
         with contextlib.suppress(DiffersError, ValueError):
-            evaluated, trained = versions
-            graph, tracer = merge(evaluated, trained), tracers[model.training]
+            merged = merge(Version(done[False][0]), Version(done[True][0]))
+            graph, tracer = merged, done[model.training][1]
             tracer.baked = {note: None for note in tracer.baked if note not in tracer.by_mode}
             break
     return graph, tracer

@@ -73,8 +73,9 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
         self.names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
-        self.modes = {m: m.training for m in root.modules()}
-        self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
+        modules = list(root.named_modules())
+        self.modes = {m: m.training for _, m in modules}
+        self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts():
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from demp_fx.shapes import SHAPES
 
 _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 
@@ -45,6 +48,18 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         set_modes(before)
+
+
+class _Shortcuts(TorchDispatchMode):
+    """Meanwhile shapes on meta are found out the short way."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        shape = None if kwargs else SHAPES.get(func)
+        if shape is None or not all(a.is_meta for a in args if isinstance(a, Tensor)):
+            return func(*args, **(kwargs or {}))
+        return shape(args)
 
 
 class Values(fx.Interpreter):
@@ -79,18 +94,28 @@ class Values(fx.Interpreter):
         while node.op != "root" and node not in self.tried:
             pending.append(node)
             node = node.prev
-        for node in reversed(pending):
-            self.tried.add(node)
-            if node not in self.env:
-                with contextlib.suppress(Exception), self._running():
-                    self.env[node] = self.run_node(node)
+        if pending:
+            self._run(pending[::-1])
         return self.env.get(proxy.node, UNKNOWN)
+
+    def _run(self, nodes: list[fx.Node]) -> None:
+        self.tried.update(nodes)
+        with self._running():
+            for node in nodes:
+                if node not in self.env:
+                    with contextlib.suppress(Exception):
+                        self.env[node] = self.run_node(node)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         self.busy = True
         try:
-            with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+            with (
+                torch.no_grad(),
+                torch.device("meta"),
+                _Shortcuts(),  # type: ignore[no-untyped-call]
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 yield
         finally:

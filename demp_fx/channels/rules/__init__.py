@@ -10,7 +10,7 @@ import torch
 
 from demp_fx.channels.custom import written
 from demp_fx.channels.rules import contract, convolution, couple, join, move, norm, pick, pointwise
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
 RULES: dict[str, Rule] = {
@@ -22,13 +22,6 @@ RULES: dict[str, Rule] = {
     **convolution.RULES,
     **norm.RULES,
     **couple.RULES,
-}
-SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    **join.SHAPES,
-    **pointwise.SHAPES,
-    **contract.SHAPES,
-    **convolution.SHAPES,
-    **norm.SHAPES,
 }
 
 
