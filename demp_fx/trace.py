@@ -23,7 +23,7 @@ from demp_fx.tracing.merge import DiffersError, Version, merge
 from demp_fx.tracing.module import TracedModule, TraceNotes, draft
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
-from demp_fx.tracing.values import in_mode
+from demp_fx.tracing.values import in_mode, named_state
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
@@ -147,7 +147,8 @@ def _checked(model: nn.Module) -> nn.Module:
         raise TraceError("a TorchScript module has no Python to trace: hand in the original module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(f"{type(model).__name__} only wraps a model: hand in its `.module`")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    modules = list(model.named_modules())
+    for name, tensor in (*named_state(modules, "_parameters"), *named_state(modules, "_buffers")):
         if nn.parameter.is_lazy(tensor):
             raise UsageError(f"{name} has no shape yet: run the model once on example inputs first")
     return model

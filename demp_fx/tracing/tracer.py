@@ -27,6 +27,7 @@ from demp_fx.tracing.values import (
     KnownProxy,
     TensorProxy,
     Values,
+    named_state,
     on_meta,
     set_modes,
 )
@@ -72,8 +73,13 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
-        self.names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
         modules = list(root.named_modules())
+        self.names: dict[int, str] = {}
+        for name, tensor in (
+            *named_state(modules, "_parameters"),
+            *named_state(modules, "_buffers"),
+        ):
+            self.names.setdefault(id(tensor), name)
         self.modes = {m: m.training for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts():

@@ -7,8 +7,8 @@ import dis
 import operator
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,6 +48,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         set_modes(before)
+
+
+def named_state(
+    modules: Iterable[tuple[str, nn.Module]], table: Literal["_parameters", "_buffers"]
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters or buffers of named modules; what is tied comes under each of its names."""
+    for path, module in modules:
+        for name, tensor in getattr(module, table).items():
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor
 
 
 class _Shortcuts(TorchDispatchMode):
