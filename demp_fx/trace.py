@@ -147,8 +147,7 @@ def _checked(model: nn.Module) -> nn.Module:
         raise TraceError("a TorchScript module has no Python to trace: hand in the original module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(f"{type(model).__name__} only wraps a model: hand in its `.module`")
-    modules = list(model.named_modules())
-    for name, tensor in (*named_state(modules, "_parameters"), *named_state(modules, "_buffers")):
+    for name, tensor in named_state(model):
         if nn.parameter.is_lazy(tensor):
             raise UsageError(f"{name} has no shape yet: run the model once on example inputs first")
     return model

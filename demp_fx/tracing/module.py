@@ -122,7 +122,7 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
     _mirror(root, module, {})
     module._graph, graph.owning_module = graph, module
     for generated in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
-        del module.__dict__[generated]
+        module.__dict__.pop(generated, None)
     type(module).forward = _Pending(module)  # type: ignore[assignment]
     return module
 

@@ -73,13 +73,10 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
-        modules = list(root.named_modules())
         self.names: dict[int, str] = {}
-        for name, tensor in (
-            *named_state(modules, "_parameters"),
-            *named_state(modules, "_buffers"),
-        ):
+        for name, tensor in named_state(root):
             self.names.setdefault(id(tensor), name)
+        modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts():

@@ -7,8 +7,8 @@ import dis
 import operator
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,14 +50,14 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         set_modes(before)
 
 
-def named_state(
-    modules: Iterable[tuple[str, nn.Module]], table: Literal["_parameters", "_buffers"]
-) -> Iterator[tuple[str, Tensor]]:
-    """The parameters or buffers of named modules; what is tied comes under each of its names."""
-    for path, module in modules:
-        for name, tensor in getattr(module, table).items():
-            if tensor is not None:
-                yield f"{path}.{name}" if path else name, tensor
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and then the buffers; what is tied comes under each of its names."""
+    modules = list(model.named_modules())
+    for table in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, tensor in getattr(module, table).items():
+                if tensor is not None:
+                    yield f"{path}.{name}" if path else name, tensor
 
 
 class _Shortcuts(TorchDispatchMode):
