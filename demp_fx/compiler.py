@@ -24,7 +24,7 @@ from demp_fx.passes.summary import summarize
 from demp_fx.passes.verify import followed_mode
 from demp_fx.passes.verify import verify as verify_pass
 from demp_fx.report.model import CompileReport
-from demp_fx.trace import trace
+from demp_fx.trace import trace_graph
 from demp_fx.training.optimizer import repoint
 
 
@@ -82,7 +82,7 @@ def compile(
     with clock("trace"):
         inputs = Inputs.of(example_inputs)
         _check_finite(model)
-        graph = trace(model, example_inputs)
+        graph = trace_graph(model, example_inputs)
     with clock("analyze"):
         walked = bare = walk(graph)
     samples, probe = 0, inputs

@@ -20,10 +20,10 @@ from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.tracing.exported import Exporter
 from demp_fx.tracing.merge import DiffersError, Version, merge
-from demp_fx.tracing.module import TracedModule, TraceNotes, assemble
+from demp_fx.tracing.module import TracedModule, TraceNotes, draft
 from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.tracer import Tracer
-from demp_fx.tracing.values import in_mode
+from demp_fx.tracing.values import in_mode, named_state
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
@@ -46,12 +46,19 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
             initialised first.
         TraceError: the model's own forward could not be traced.
     """
+    module = trace_graph(model, example_inputs)
+    module.recompile()
+    return module
+
+
+def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
+    """What `trace` returns, for the use of its graph: see `draft`."""
     inputs = Inputs.of(example_inputs)
     _bind(_checked(model), inputs)
     own = set(vars(model))
     try:
         graph, notes = _graph(model, lambda: _bind(model, inputs))
-        module = assemble(model, graph, type(model).__name__)
+        module = draft(model, graph, type(model).__name__)
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
             delattr(model, constant)
@@ -104,15 +111,18 @@ def _symbolic(
     whole, and else it stays in the mode that it is in."""
     tracer = Tracer(bind())
     graph = tracer.trace(model)
+    uniform = all(mode == model.training for mode in tracer.modes.values())
     for forking in (False, True) if tracer.by_mode else ():
-        versions, tracers = [], []
-        for training in (False, True):
+        done = {model.training: (graph, tracer)} if uniform and not forking else {}
+        for training in {False, True} - done.keys():
             with in_mode(model, training), contextlib.suppress(Exception):
-                tracers.append(Tracer(bind(), forking))
-                versions.append(Version(tracers[-1].trace(model)))
+                attempt = Tracer(bind(), forking)
+                done[training] = attempt.trace(model), attempt
+        if len(done) < 2:
+            continue
         with contextlib.suppress(DiffersError, ValueError):
-            evaluated, trained = versions
-            graph, tracer = merge(evaluated, trained), tracers[model.training]
+            merged = merge(Version(done[False][0]), Version(done[True][0]))
+            graph, tracer = merged, done[model.training][1]
             tracer.baked = {note: None for note in tracer.baked if note not in tracer.by_mode}
             break
     return graph, tracer
@@ -120,6 +130,8 @@ def _symbolic(
 
 def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:
     """Why a graph says too little: most of the parameters are in modules that failed; or ""."""
+    if not tracer.opaque:
+        return ""
     sizes = {id(p): p.numel() for p in model.parameters()}
     modules = dict(model.named_modules())
     names = [n for n in tracer.opaque if n in modules and n not in tracer.chosen]
@@ -135,7 +147,7 @@ def _checked(model: nn.Module) -> nn.Module:
         raise TraceError("a TorchScript module has no Python to trace: hand in the original module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(f"{type(model).__name__} only wraps a model: hand in its `.module`")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in named_state(model):
         if nn.parameter.is_lazy(tensor):
             raise UsageError(f"{name} has no shape yet: run the model once on example inputs first")
     return model

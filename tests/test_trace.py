@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrizations
 import demp_fx
 from demp_fx.errors import TraceError, UsageError
 from demp_fx.inputs import Inputs
+from demp_fx.trace import trace_graph
 from demp_fx.tracing.module import TracedModule
 
 
@@ -221,6 +223,42 @@ def test_copies_keep_everything(net: Net, twin: Any) -> None:
 def test_a_traced_module_compiles(net: Net) -> None:
     compiled = torch.compile(demp_fx.trace(net, X), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), net(X), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda module, x: module(x),
+        lambda module, x: module.forward(x),
+        lambda module, x: type(module).forward(module, x),
+        lambda module, x: copy.deepcopy(module)(x),
+        lambda module, x: pickle.loads(pickle.dumps(module))(x),
+        lambda module, x: fx.symbolic_trace(module)(x),
+        lambda module, x: demp_fx.trace(module, x)(x),
+    ],
+)
+def test_the_code_of_a_draft_is_there_when_asked_for(net: Net, use: Any) -> None:
+    x = tensor(3, 4)
+    module = trace_graph(net, x)
+    assert not isinstance(vars(type(module))["forward"], types.FunctionType)
+    torch.testing.assert_close(use(module, x), net(x))
+    assert trace_graph(net, x).code == demp_fx.trace(net, x).code
+
+
+def test_nobody_is_handed_a_draft(net: Net) -> None:
+    x = tensor(3, 4)
+    for module in (demp_fx.trace(net, x), demp_fx.compile(net, x).module):
+        assert isinstance(vars(type(module))["forward"], types.FunctionType)
+
+
+@pytest.mark.parametrize("count", [2, 255, 256, 600])
+def test_a_value_is_unpacked_into_as_many_names_as_there_are(count: int) -> None:
+    names = ", ".join(f"a{i}" for i in range(count))
+    space: dict[str, Any] = {"nn": nn}
+    exec(f"def forward(self, x):\n    {names} = x\n    return a0 - a{count - 1}", space)
+    model = type("Unpacks", (nn.Module,), {"forward": space["forward"]})()
+    x = tensor(count, 3)
+    torch.testing.assert_close(demp_fx.trace(model, x)(x), x[0] - x[-1])
 
 
 def test_constants_are_buffers_that_are_not_saved() -> None:

@@ -11,10 +11,11 @@ from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.meta import without_collection
 from demp_fx.channels.network import network
-from demp_fx.channels.rules import SHAPES, rule_of
+from demp_fx.channels.rules import rule_of
 from demp_fx.channels.walk import Walk
 from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
+from demp_fx.shapes import SHAPES
 
 
 def walk(

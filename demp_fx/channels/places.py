@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.channels.labels import Labels, along, varying
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
 from demp_fx.channels.value import Value
 from demp_fx.channels.writes import filled
+from demp_fx.shapes import Shape
 
 aten = torch.ops.aten
 IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}

@@ -22,12 +22,12 @@ from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write
 from demp_fx.errors import DempError
+from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 
 Rule = Callable[["Stream", Call], None]
-Shape = Callable[[tuple[Any, ...]], Any]
 
 
 class Stream(TorchDispatchMode):

@@ -28,11 +28,12 @@ from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
-from demp_fx.channels.stream import Rule, Shape
+from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
 from demp_fx.channels.value import Call, tensors_of
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
+from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
 

@@ -1,18 +1,23 @@
 """What of torch is replaced while a model is traced.
 
-Autograd functions become one node each, so that their own backward stays; and a subclass of a batch
-norm that calls its base's forward gets one that does not branch on `training`.
+ATen's functions become nodes whatever argument the proxy is. Autograd functions become one node
+each, so that their own backward stays; and a subclass of a batch norm that calls its base's forward
+gets one that does not branch on `training`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import fx
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
@@ -43,6 +48,54 @@ class Apply:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Apply, (self.function,)
+
+
+def _proxy_in(arguments: Iterable[Any]) -> fx.Proxy | None:
+    for argument in arguments:
+        if isinstance(argument, fx.Proxy):
+            return argument
+        if isinstance(argument, (tuple, list)):
+            found = _proxy_in(argument)
+            if found is not None:
+                return found
+    return None
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which given a proxy is a node."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        proxy = _proxy_in((*args, *kwargs.values()))
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return wrapper
+
+
+# ATen's own functions refuse a proxy as a size or a flag before they ask it to take over.
+_RECORDED: dict[types.ModuleType, dict[str, Any]] = {
+    module: {
+        name: _recorded(function)
+        for name, function in vars(module).items()
+        if isinstance(function, types.BuiltinFunctionType)
+        and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+    }
+    for module in (torch, F)
+}
+ATEN = {id(vars(module)[name]) for module, table in _RECORDED.items() for name in table}
+
+
+@contextmanager
+def aten_as_nodes() -> Iterator[None]:
+    """Meanwhile ATen's functions of proxies are nodes, where they are called as torch's."""
+    with ExitStack() as stack:
+        for module, recorded in _RECORDED.items():
+            table = vars(module)
+            stack.callback(table.update, {name: table[name] for name in recorded})
+            table.update({n: f for n, f in recorded.items() if table[n] is f.__wrapped__})
+        yield
 
 
 @contextmanager

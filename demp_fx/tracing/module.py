@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class TraceNotes:
 
 class TracedModule(fx.GraphModule):
     """A GraphModule; its meta, node sources and buffers' persistence outlive copies and pickles."""
+
+    @property
+    def code(self) -> str:
+        """The Python code generated from the graph."""
+        if "_code" not in vars(self):
+            self.recompile()
+        return super().code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         copied = super().__deepcopy__(memo)
@@ -83,14 +90,73 @@ def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]])
     return module
 
 
+class _Pending:
+    """Stands for the forward of a module whose code is generated when somebody asks for it."""
+
+    def __init__(self, module: TracedModule) -> None:
+        self.module = module
+
+    def __get__(self, instance: TracedModule | None, owner: type[TracedModule]) -> Any:
+        self.module.recompile()  # puts the forward where this is
+        return (owner if instance is None else instance).forward
+
+
 def assemble(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
     """A GraphModule with all of `root`'s parameters and buffers: names, order and persistence.
 
     Containers are new; leaf modules and tensors are shared with `root`.
     """
-    module = TracedModule(root, graph, class_name)
-    _mirror(root, module, {})
+    module = draft(root, graph, class_name)
+    module.recompile()
     return module
+
+
+def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
+    """What `assemble` makes, for the use of its graph: its code is not generated before it runs.
+    Nobody else should get it: torch.compile and others look at a forward without asking for it."""
+    module = TracedModule(nn.Module(), fx.Graph(), class_name)
+    places: _Places = {"": (root, module)}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            _place(str(node.target), places)
+    _mirror(root, module, {})
+    module._graph, graph.owning_module = graph, module
+    for generated in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
+        module.__dict__.pop(generated, None)
+    type(module).forward = _Pending(module)  # type: ignore[assignment]
+    return module
+
+
+_Places = dict[str, tuple[nn.Module, nn.Module]]  # path -> what it leads to, at home and in a copy
+
+
+def _place(target: str, places: _Places) -> None:
+    """Put what a node refers to into the copy."""
+    path, _, name = target.rpartition(".")
+    source, twin = _container(path, places)
+    if source is twin:
+        return
+    value = getattr(source, name)
+    if isinstance(value, nn.Module):
+        twin._modules[name] = value
+        places[target] = value, value
+    elif isinstance(value, nn.Parameter):
+        twin._parameters[name] = value
+    elif isinstance(value, Tensor):
+        twin._buffers[name] = value
+    else:
+        setattr(twin, name, value)
+
+
+def _container(path: str, places: _Places) -> tuple[nn.Module, nn.Module]:
+    if path not in places:
+        outer, _, name = path.rpartition(".")
+        source, twin = _container(outer, places)
+        inner = getattr(source, name)
+        if source is not twin and name not in twin._modules:
+            twin._modules[name] = nn.Module()
+        places[path] = inner, getattr(twin, name)
+    return places[path]
 
 
 def _mirror(source: nn.Module, target: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:

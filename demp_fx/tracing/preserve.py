@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 CONSTANT = "_tensor_constant"  # how fx names tensors that it keeps on the root
-_CONTAINERS = (dict, OrderedDict, list, set)
+_CONTAINERS = {dict, OrderedDict, list, set}
 
 
 @contextlib.contextmanager
@@ -23,10 +23,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         for module, attributes, contents in before:
             table = vars(module)
-            new = {k: v for k, v in table.items() if k not in attributes and CONSTANT in k}
+            new = [(k, table[k]) for k in table if k not in attributes and CONSTANT in k]
             table.clear()
-            table.update(attributes | new)
+            table.update(attributes)
+            table.update(new)
             for container, content in contents:
+                if not container and not content:  # nearly all of them
+                    continue
                 container.clear()
                 if isinstance(container, list):
                     container.extend(content)
@@ -35,4 +38,5 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS]
+    """Containers and copies of them; an empty one stands for its copy, which it is once cleared."""
+    return [(v, v and v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS]

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from demp_fx.expressions import expression_of
-from demp_fx.tracing.functions import as_nodes, batch_norms_in_parts
+from demp_fx.expressions import Expression, expression_of
+from demp_fx.tracing.functions import ATEN, as_nodes, aten_as_nodes, batch_norms_in_parts
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
@@ -28,24 +27,19 @@ from demp_fx.tracing.values import (
     KnownProxy,
     TensorProxy,
     Values,
+    named_state,
     on_meta,
     set_modes,
 )
 
-# ATen's own functions refuse a proxy as a size or a flag before they ask it to take over.
-_ATEN = {
-    function
-    for module in (torch, F)
-    for name, function in vars(module).items()
-    if isinstance(function, types.BuiltinFunctionType)
-    and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
-}
 # Methods that take another tensor's sizes, and the same with the sizes spelled out.
 LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+# Arguments of these types are in the graph as they are.
+_LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
 
 class Tracer(fx.Tracer):
@@ -65,8 +59,8 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
-        super().__init__(autowrap_functions=tuple(_ATEN))
-        self._autowrap_search += [torch, F]
+        super().__init__()
+        self._autowrap_function_ids |= ATEN  # under names of the user's own
         self.bound, self.forking = bound, forking
         self.opaque: dict[str, str] = {}
         self.chosen: set[str] = set()
@@ -75,13 +69,17 @@ class Tracer(fx.Tracer):
         self.forks: set[str] = set()
         self.mode_decisions = 0
         self.tensor_proxies: dict[str, TensorProxy] = {}
+        self.expressions: dict[type[nn.Module], Expression | None] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
-        self.names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
-        self.modes = {m: m.training for m in root.modules()}
-        self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in root.named_modules()}
-        with preserved(root), as_nodes(self), batch_norms_in_parts():
+        self.names: dict[int, str] = {}
+        for name, tensor in named_state(root):
+            self.names.setdefault(id(tensor), name)
+        modules = list(root.named_modules())
+        self.modes = {m: m.training for _, m in modules}
+        self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
+        with preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts():
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = None
@@ -130,34 +128,51 @@ class Tracer(fx.Tracer):
         if self.values.busy:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
-        expression = expression_of(m)
-        reason = _left_whole(m, expression is not None or self.is_leaf_module(m, name))
+        expression = self._expression(m)
+        leaf = self.is_leaf_module(m, name)
+        reason = _left_whole(m, leaf or expression is not None)
         if reason:
             self.chosen.add(name)
             self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
-        if self.is_leaf_module(m, name):
-            return super().call_module(m, forward, args, kwargs)
-        mark, stack = len(self.graph.nodes), self.module_stack.copy()
-        body = functools.partial(expression, m) if expression else forward
-        decisions, baked, by_mode = self.mode_decisions, self.baked.copy(), self.by_mode.copy()
+        whole = functools.partial(self.create_proxy, "call_module", name, args, kwargs)
+        if leaf or reason:
+            return self._within(m, name, whole)
+        mark, decisions = len(self.graph.nodes), self.mode_decisions
+        baked, by_mode = self.baked.copy(), self.by_mode.copy()
         try:
-            result = super().call_module(m, body, args, kwargs)
+            body = functools.partial(expression, m) if expression else forward
+            result = self._within(m, name, functools.partial(body, *args, **kwargs))
             if not self.forking or self.mode_decisions == decisions or _has_state(m):
                 return result
             self._roll_back(mark)
-            self.module_stack, self.baked, self.by_mode = stack, baked, by_mode
+            self.baked, self.by_mode = baked, by_mode
             self.forks.add(name)
-            return super().call_module(m, forward, args, kwargs)
+            return self._within(m, name, whole)
         except Exception as error:
             self._roll_back(mark)
-            self.module_stack = stack
             self.opaque[name] = f"{first_line(error)} at {failed_at(error)}"
             try:
-                return super().call_module(m, forward, args, kwargs)
+                return self._within(m, name, whole)
             except Exception:  # its arguments cannot be in a graph: left to the caller
-                self.module_stack = stack
                 del self.opaque[name]
                 raise error from None
+
+    def _expression(self, module: nn.Module) -> Expression | None:
+        kind = type(module)
+        if kind not in self.expressions:
+            self.expressions[kind] = expression_of(module)
+        return self.expressions[kind]
+
+    def _within(self, module: nn.Module, name: str, call: Callable[[], Any]) -> Any:
+        """What `call` gives; its nodes belong to a call of `module`. Nodes share a stack."""
+        outer, calls = self.module_stack, self.num_calls.get(name, 0)
+        self.num_calls[name] = calls + 1
+        self.module_stack = outer.copy()
+        self.module_stack[f"{name}@{calls}" if calls else name] = name, type(module)
+        try:
+            return call()
+        finally:
+            self.module_stack = outer
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
@@ -185,20 +200,46 @@ class Tracer(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
 
     def _roll_back(self, mark: int) -> None:
-        for node in reversed(list(self.graph.nodes)[mark:]):
+        nodes = self.graph.nodes
+        for node in list(itertools.islice(reversed(nodes), len(nodes) - mark)):
             self.graph.erase_node(node)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        ends = node.op in ("placeholder", "output")
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        node = self.graph.create_node(kind, target, None, None, name, type_expr)
+        if args:  # set here: `Graph.create_node` would search them for sizes of torch.export
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        ends = kind in ("placeholder", "output")
         node.meta["source"] = self.entry if ends else user_line(sys._getframe())
-        call, (path, _) = next(reversed(self.module_stack.items()), ("", ("", None)))
+        path = call = ""
+        if self.module_stack:
+            call = next(reversed(self.module_stack))
+            path = self.module_stack[call][0]
+            node.meta["nn_module_stack"] = self.module_stack
         node.meta["module"] = (path, call)
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Attribute) and a._node is not None and a._node._erased:
-            a._node = None  # it was made by an attempt that was rolled back
+        kind = type(a)
+        if kind in _LITERALS:
+            return a
+        if kind is tuple or kind is list:
+            return kind([self.create_arg(item) for item in a])
+        if kind is dict and not a:
+            return a
+        if isinstance(a, fx.Proxy):
+            if isinstance(a, Attribute) and a._node is not None and a._node._erased:
+                a._node = None  # it was made by an attempt that was rolled back
+            return a.node
         if isinstance(a, Tensor):
             if id(a) in self.names:
                 return self.create_node("get_attr", self.names[id(a)], (), {})
@@ -277,6 +318,6 @@ def _left_whole(module: nn.Module, replaced: bool) -> str | None:
     """Why `module` must not be looked into; `replaced`: its forward would not be run as it is."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript module"
-    if is_parametrized(module):
+    if "parametrizations" in module._modules and is_parametrized(module):
         return "parametrized module"
     return "forward hooks" if replaced and _hooked(module) else None

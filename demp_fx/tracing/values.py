@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import operator
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from demp_fx.shapes import SHAPES
+
+_UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 
 
 class Unknown:
@@ -41,6 +48,28 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         set_modes(before)
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and then the buffers; what is tied comes under each of its names."""
+    modules = list(model.named_modules())
+    for table in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, tensor in getattr(module, table).items():
+                if tensor is not None:
+                    yield f"{path}.{name}" if path else name, tensor
+
+
+class _Shortcuts(TorchDispatchMode):
+    """Meanwhile shapes on meta are found out the short way."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        shape = None if kwargs else SHAPES.get(func)
+        if shape is None or not all(a.is_meta for a in args if isinstance(a, Tensor)):
+            return func(*args, **(kwargs or {}))
+        return shape(args)
 
 
 class Values(fx.Interpreter):
@@ -75,18 +104,28 @@ class Values(fx.Interpreter):
         while node.op != "root" and node not in self.tried:
             pending.append(node)
             node = node.prev
-        for node in reversed(pending):
-            self.tried.add(node)
-            if node not in self.env:
-                with contextlib.suppress(Exception), self._running():
-                    self.env[node] = self.run_node(node)
+        if pending:
+            self._run(pending[::-1])
         return self.env.get(proxy.node, UNKNOWN)
+
+    def _run(self, nodes: list[fx.Node]) -> None:
+        self.tried.update(nodes)
+        with self._running():
+            for node in nodes:
+                if node not in self.env:
+                    with contextlib.suppress(Exception):
+                        self.env[node] = self.run_node(node)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         self.busy = True
         try:
-            with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+            with (
+                torch.no_grad(),
+                torch.device("meta"),
+                _Shortcuts(),  # type: ignore[no-untyped-call]
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -117,6 +156,19 @@ class _Known:
 
     def __len__(self) -> int:
         return int(self.tracer.length(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        """As many items as the caller unpacks, in `a, b = proxy`, or else as many as there are.
+        torch.fx finds this out by disassembling all of the caller."""
+        frame = sys._getframe(1)
+        code, place = frame.f_code.co_code, frame.f_lasti
+        if code[place] != _UNPACK:
+            items: Iterator[Any] = self.tracer.iter(self)
+            return items
+        count = code[place + 1]
+        if code[place - 2] == _EXTENDED:
+            count += code[place - 1] << 8
+        return (self[i] for i in range(count))  # type: ignore[index]
 
     def __index__(self) -> int:
         return operator.index(self.tracer.decided(self))

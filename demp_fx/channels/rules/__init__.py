@@ -20,7 +20,7 @@ from demp_fx.channels.rules import (
     pointwise,
     recurrent,
 )
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
 RULES: dict[str, Rule] = {
@@ -33,13 +33,6 @@ RULES: dict[str, Rule] = {
     **norm.RULES,
     **couple.RULES,
     **recurrent.RULES,
-}
-SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    **join.SHAPES,
-    **pointwise.SHAPES,
-    **contract.SHAPES,
-    **convolution.SHAPES,
-    **norm.SHAPES,
 }
 
 

@@ -12,7 +12,7 @@ from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.labels import along, moved, varying
 from demp_fx.channels.rules.known import constants, zero_at
 from demp_fx.channels.rules.operand import Operand
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Fold, Read
 from demp_fx.channels.value import Call
 
@@ -234,26 +234,4 @@ RULES: dict[str, Rule] = {
     "aten::baddbmm": contract("nik,nkj->nij", bias="self"),
     "aten::mv": contract("ik,k->i"),
     "aten::dot": contract("k,k->"),
-}
-
-
-def _product_shape(op: torch._ops.OpOverload, left: int) -> Shape:
-    """The shape of a matrix product whose left operand is argument `left`."""
-
-    def shape(args: tuple[object, ...]) -> Tensor:
-        a, b = args[left : left + 2]
-        assert isinstance(a, Tensor)
-        assert isinstance(b, Tensor)
-        if a.size(-1) != b.size(-2) or a.dtype != b.dtype:
-            result: Tensor = op(*args)  # let torch say what is wrong
-            return result
-        return torch.empty((*a.shape[:-1], b.size(-1)), dtype=a.dtype, device="meta")
-
-    return shape
-
-
-SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    aten.addmm.default: _product_shape(aten.addmm.default, 1),
-    aten.mm.default: _product_shape(aten.mm.default, 0),
-    aten.bmm.default: _product_shape(aten.bmm.default, 0),
 }

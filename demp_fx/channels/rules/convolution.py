@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.contract import Keyed, add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
-from demp_fx.channels.stream import STRUCTURE, Rule, Shape, Stream
+from demp_fx.channels.stream import STRUCTURE, Rule, Stream
 from demp_fx.channels.system import Blocks, Grouping, Read
 from demp_fx.channels.value import Call
 
@@ -193,27 +191,3 @@ def grouped(walk: Stream, call: Call) -> None:
 
 
 RULES: dict[str, Rule] = {"aten::convolution": convolution}
-
-
-def _convolution_shape(args: tuple[Any, ...]) -> Tensor:
-    """torch's own formula, without its checks of the device and of memory formats."""
-    x, weight, _, stride, padding, dilation, transposed, _, groups = args
-    space = [
-        (n + 2 * pad - gap * (k - 1) - 1) // step + 1
-        for n, k, step, pad, gap in zip(
-            x.shape[2:], weight.shape[2:], _each(stride, x), _each(padding, x),
-            _each(dilation, x), strict=True,
-        )
-    ]  # fmt: skip
-    fits = x.size(1) == weight.size(1) * groups and min(space) > 0
-    shape = (x.size(0), weight.size(0), *space)
-    if transposed or not fits or not x.is_contiguous():
-        shape = aten.convolution.default(*args).shape  # or let torch say what is wrong
-    return torch.empty(shape, dtype=x.dtype, device="meta")
-
-
-def _each(setting: list[int], x: Tensor) -> list[int]:
-    return setting * (x.dim() - 2) if len(setting) == 1 else setting
-
-
-SHAPES: dict[torch._ops.OpOverload, Shape] = {aten.convolution.default: _convolution_shape}

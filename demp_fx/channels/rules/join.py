@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from demp_fx.channels.blocks import rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import varying
 from demp_fx.channels.rules.move import compressed
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
 
@@ -146,21 +145,3 @@ def _joined_facts(walk: Stream, tensors: list[Tensor], dim: int) -> Facts | None
 
 
 RULES: dict[str, Rule] = {"aten::cat": cat, "aten::stack": stack}
-
-
-def _cat_shape(args: tuple[Any, ...]) -> Tensor:
-    """The sizes of a join, without the long way through its decomposition."""
-    tensors, dim = args[0], args[1] if len(args) > 1 else 0
-    first = tensors[0]
-    rest = [t.shape[:dim] + t.shape[dim:][1:] for t in tensors] if dim >= 0 else []
-    if any(r != rest[0] or t.dtype != first.dtype for r, t in zip(rest, tensors, strict=False)):
-        rest = []
-    if not rest or not all(t.is_meta and t.is_contiguous() for t in tensors):
-        result: Tensor = torch.ops.aten.cat.default(*args)
-        return result
-    shape = list(first.shape)
-    shape[dim] = sum(t.size(dim) for t in tensors)
-    return torch.empty(shape, dtype=first.dtype, device="meta")
-
-
-SHAPES: dict[torch._ops.OpOverload, Shape] = {torch.ops.aten.cat.default: _cat_shape}

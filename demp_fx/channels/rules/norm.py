@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.rules.known import zero_at
-from demp_fx.channels.rules.pointwise import twin
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
@@ -209,15 +207,4 @@ RULES: dict[str, Rule] = {
     "aten::cudnn_batch_norm": batch_norm,
     "aten::native_layer_norm": layer_norm,
     "aten::native_group_norm": group_norm,
-}
-
-
-def _normalised(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    return twin(args[0]), _NONE, _NONE
-
-
-_NONE = torch.empty(0, device="meta")
-SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    aten.native_batch_norm.default: _normalised,
-    aten.native_layer_norm.default: _normalised,
 }

@@ -12,7 +12,7 @@ from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.rules.signs import is_never_negative, never_positive, rectified
-from demp_fx.channels.stream import Rule, Shape, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
@@ -209,82 +209,3 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(COPIES, copy),
     **dict.fromkeys(LIKE, like),
 }
-
-
-def twin(x: Tensor) -> Tensor:
-    """A tensor of the same sizes, strides and dtype, on meta (`empty_like` takes ten times longer
-    there)."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _first(op: torch._ops.OpOverload) -> Shape:
-    """The shape of an op whose result is like its operand, or is its operand."""
-    if torch.Tag.inplace in op.tags:
-        return lambda args: args[0]
-    return lambda args: twin(args[0])
-
-
-def _shares(op: torch._ops.OpOverload) -> Shape:
-    """The shape of a softmax, unless it gives another dtype."""
-    return lambda args: op(*args) if any(args[2:]) else twin(args[0])
-
-
-def _alike(op: torch._ops.OpOverload) -> Shape:
-    """The shape of an op on two operands of one dtype that fit, or on one and a number."""
-    in_place = torch.Tag.inplace in op.tags
-
-    def shape(args: tuple[Any, ...]) -> Any:
-        x, y = args[0], args[1]
-        if isinstance(x, Tensor) and x.is_floating_point():
-            if isinstance(y, (int, float)):
-                return x if in_place else twin(x)
-            if isinstance(y, Tensor) and x.dtype == y.dtype:
-                if x.shape == y.shape:
-                    return x if in_place else twin(x)
-                sizes = _broadcast(x, y)
-                if in_place and sizes == tuple(x.shape):
-                    return x
-                if sizes is not None and not in_place:
-                    return torch.empty(sizes, dtype=x.dtype, device="meta")
-        return op(*args)
-
-    return shape
-
-
-def _broadcast(x: Tensor, y: Tensor) -> tuple[int, ...] | None:
-    """The sizes of an elementwise result; None where they do not fit, or where its memory may be
-    laid out in another order."""
-    if not (x.is_contiguous() and y.is_contiguous()):
-        return None
-    short, long = sorted((tuple(x.shape), tuple(y.shape)), key=len)
-    short = (1,) * (len(long) - len(short)) + short
-    if any(m != n and 1 not in (m, n) for m, n in zip(short, long, strict=True)):
-        return None
-    return tuple(max(m, n) if 0 not in (m, n) else 0 for m, n in zip(short, long, strict=True))
-
-
-# What torch computes slowly on meta tensors, through decompositions in Python.
-SHAPES: dict[torch._ops.OpOverload, Shape] = {
-    **{
-        op: _first(op)
-        for op in (
-            aten.gelu.default, aten.hardswish.default, aten.hardsigmoid.default,
-            aten.hardtanh.default, aten.silu.default, aten.elu.default, aten.leaky_relu.default,
-            aten.mish.default, aten.softplus.default, aten.hardtanh_.default,
-            aten.hardswish_.default, aten.silu_.default, aten.elu_.default,
-            aten.leaky_relu_.default, aten.relu_.default, aten.relu.default,
-            aten.sigmoid.default, aten.tanh.default,
-        )
-    },
-    **{
-        op: _shares(op)
-        for op in (aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
-    },
-    **{
-        op: _alike(op)
-        for op in (
-            aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor,
-            aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
-        )
-    },
-}  # fmt: skip

@@ -1,0 +1,183 @@
+"""Shapes of results, by shortcuts past slow kernels: what torch gives on meta tensors, through
+decompositions in Python, takes up to a millisecond an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+Shape = Callable[[tuple[Any, ...]], Any]  # the arguments of an op -> its result, on meta
+
+
+def _twin(x: Tensor) -> Tensor:
+    """A tensor of the same sizes and dtype, and strides unless there are gaps, as elementwise ops
+    give it, on meta (`empty_like` takes ten times longer there)."""
+    if not x.is_contiguous() and not _is_dense(x):
+        return torch.empty_like(x, device="meta")
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order of dims."""
+    size = 1
+    for stride, extent in sorted(zip(x.stride(), x.shape, strict=True)):
+        if extent != 1 and stride != size:
+            return False
+        size *= extent
+    return True
+
+
+def _first(op: torch._ops.OpOverload) -> Shape:
+    """The shape of an op whose result is like its operand, or is its operand."""
+    if torch.Tag.inplace in op.tags:
+        return lambda args: args[0]
+    return lambda args: _twin(args[0]) if args[0].is_floating_point() else op(*args)
+
+
+def _softmax(op: torch._ops.OpOverload) -> Shape:
+    """The shape of a softmax, unless it gives another dtype or order of dims."""
+
+    def shape(args: tuple[Any, ...]) -> Any:
+        plain = args[0].is_contiguous() and not any(args[2:])
+        return _twin(args[0]) if plain else op(*args)
+
+    return shape
+
+
+def _alike(op: torch._ops.OpOverload) -> Shape:
+    """The shape of an op on two operands of one dtype that fit, or on one and a number."""
+    in_place = torch.Tag.inplace in op.tags
+
+    def shape(args: tuple[Any, ...]) -> Any:
+        x, y = args[0], args[1]
+        if isinstance(x, Tensor) and x.is_floating_point():
+            if isinstance(y, (int, float)):
+                return x if in_place else _twin(x)
+            if isinstance(y, Tensor) and x.dtype == y.dtype:
+                if x.shape == y.shape:
+                    return x if in_place else _twin(x)
+                sizes = _broadcast(x, y)
+                if in_place and sizes == tuple(x.shape):
+                    return x
+                if sizes is not None and not in_place:
+                    return torch.empty(sizes, dtype=x.dtype, device="meta")
+        return op(*args)
+
+    return shape
+
+
+def _broadcast(x: Tensor, y: Tensor) -> tuple[int, ...] | None:
+    """The sizes of an elementwise result; None where they do not fit, or where its memory may be
+    laid out in another order."""
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return None
+    short, long = sorted((tuple(x.shape), tuple(y.shape)), key=len)
+    short = (1,) * (len(long) - len(short)) + short
+    if any(m != n and 1 not in (m, n) for m, n in zip(short, long, strict=True)):
+        return None
+    return tuple(max(m, n) if 0 not in (m, n) else 0 for m, n in zip(short, long, strict=True))
+
+
+def _product(op: torch._ops.OpOverload, left: int) -> Shape:
+    """The shape of a matrix product whose left operand is argument `left`."""
+
+    def shape(args: tuple[object, ...]) -> Tensor:
+        a, b = args[left : left + 2]
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        if a.size(-1) != b.size(-2) or a.dtype != b.dtype:
+            result: Tensor = op(*args)  # let torch say what is wrong
+            return result
+        return torch.empty((*a.shape[:-1], b.size(-1)), dtype=a.dtype, device="meta")
+
+    return shape
+
+
+def _cat(args: tuple[Any, ...]) -> Tensor:
+    """The sizes of a join, without the long way through its decomposition."""
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    first = tensors[0]
+    rest = [t.shape[:dim] + t.shape[dim:][1:] for t in tensors] if dim >= 0 else []
+    if any(r != rest[0] or t.dtype != first.dtype for r, t in zip(rest, tensors, strict=False)):
+        rest = []
+    if not rest or not all(t.is_meta and t.is_contiguous() for t in tensors):
+        result: Tensor = torch.ops.aten.cat.default(*args)
+        return result
+    shape = list(first.shape)
+    shape[dim] = sum(t.size(dim) for t in tensors)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _convolution(args: tuple[Any, ...]) -> Tensor:
+    """torch's own formula, without its checks of the device and of memory formats."""
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    space = [
+        (n + 2 * pad - gap * (k - 1) - 1) // step + 1
+        for n, k, step, pad, gap in zip(
+            x.shape[2:], weight.shape[2:], _each(stride, x), _each(padding, x),
+            _each(dilation, x), strict=True,
+        )
+    ]  # fmt: skip
+    fits = x.size(1) == weight.size(1) * groups and min(space) > 0
+    shape = (x.size(0), weight.size(0), *space)
+    if transposed or not fits or not x.is_contiguous():
+        shape = aten.convolution.default(*args).shape  # or let torch say what is wrong
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _each(setting: list[int], x: Tensor) -> list[int]:
+    return setting * (x.dim() - 2) if len(setting) == 1 else setting
+
+
+def _batch_norm(args: tuple[Any, ...]) -> Any:
+    x = args[0]
+    if any(t is not None and t.numel() != x.size(1) for t in args[1:5]):
+        return aten.native_batch_norm.default(*args)  # torch says what is wrong
+    return _twin(x), _NONE, _NONE
+
+
+def _layer_norm(args: tuple[Any, ...]) -> Any:
+    x, shape = args[:2]
+    if list(x.shape[x.dim() - len(shape) :]) != list(shape):
+        return aten.native_layer_norm.default(*args)  # torch says what is wrong
+    return torch.empty(x.shape, dtype=x.dtype, device="meta"), _NONE, _NONE
+
+
+_NONE = torch.empty(0, device="meta")
+
+SHAPES: dict[torch._ops.OpOverload, Shape] = {
+    **{
+        op: _first(op)
+        for op in (
+            aten.gelu.default, aten.hardswish.default, aten.hardsigmoid.default,
+            aten.hardtanh.default, aten.silu.default, aten.elu.default, aten.leaky_relu.default,
+            aten.mish.default, aten.softplus.default, aten.hardtanh_.default,
+            aten.hardswish_.default, aten.silu_.default, aten.elu_.default,
+            aten.leaky_relu_.default, aten.relu_.default, aten.relu.default,
+            aten.sigmoid.default, aten.tanh.default,
+        )
+    },
+    **{
+        op: _softmax(op)
+        for op in (aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
+    },
+    **{
+        op: _alike(op)
+        for op in (
+            aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor,
+            aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
+        )
+    },
+    **{
+        op: _product(op, left)
+        for op, left in ((aten.addmm.default, 1), (aten.mm.default, 0), (aten.bmm.default, 0))
+    },
+    aten.cat.default: _cat,
+    aten.convolution.default: _convolution,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
+}  # fmt: skip
