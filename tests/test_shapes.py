@@ -79,3 +79,10 @@ class Channels(nn.Module):
 def test_what_a_layer_norm_gives_is_contiguous() -> None:
     torch.manual_seed(0)
     demp_fx.compile(Channels(), torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.BatchNorm2d(7)], ids=["layer", "batch"])
+def test_a_norm_of_another_size_is_refused_where_it_stands(norm: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), norm)
+    with pytest.raises(demp_fx.errors.UsageError, match=r"node '_1'.* refuses inputs of shape"):
+        demp_fx.compile(net, torch.randn(1, 3, 4, 4))
