@@ -15,7 +15,7 @@ Labels = tuple[Tensor, ...]
 
 def varying(label: Tensor) -> tuple[int, ...]:
     """The dims along which a label varies."""
-    return tuple(d for d, n in enumerate(label.shape) if n > 1)
+    return tuple([d for d, n in enumerate(label.shape) if n > 1])  # a list: asked very often
 
 
 def compress(label: Tensor) -> Tensor:
