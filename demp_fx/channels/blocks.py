@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from demp_fx.channels.labels import varying
+from demp_fx.channels.runs import Mask
 
 
 def nested(label: Tensor) -> Tensor | None:
@@ -78,22 +80,23 @@ def rows_of(label: Tensor, dims: tuple[int, ...]) -> Tensor:
     return label.permute(*dims, *rest).reshape(size, -1)
 
 
-def fillers(present: Tensor) -> Tensor:
+def fillers(present: Mask) -> Mask:
     """Which entries of nested blocks (n1, ..., nk) must be added, so that blocks are equal again.
 
     Blocks without any entry may go; all others of a level become as long as the longest.
     """
-    if present.dim() < 2:
-        return torch.zeros_like(present)
-    full = present.clone()
-    alive = full.any(-1)
-    new = fillers(alive)
-    full[..., 0] |= new
-    counts = full.sum(-1, keepdim=True)
-    missing = torch.where(counts > 0, counts.max() - counts, 0)
-    absent = ~full
-    full |= absent & (absent.to(torch.int64).cumsum(-1) <= missing)
-    return full & ~present
+    if present.ndim < 2:
+        return np.zeros_like(present)
+    full = present.copy()
+    alive: Mask = np.asarray(full.any(-1))
+    full[..., 0] |= fillers(alive)
+    counts = full.sum(-1, keepdims=True)
+    missing = np.where(counts > 0, counts.max() - counts, 0)
+    if missing.any():
+        absent = ~full
+        full |= absent & (absent.cumsum(-1) <= missing)
+    filled: Mask = full & ~present
+    return filled
 
 
 def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.chains import tensors_of
 from demp_fx.channels.constants import by_bias, foldable, independent
-from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
@@ -205,9 +204,6 @@ class _Planner:
 
     def _edges(self, plan: PruningPlan) -> None:
         """Turn every edge with different channels on its two sides into a gather or a sum."""
-        if not cut_edges(self.solution, self.walk.system.edges):
-            plan.selections = self._selections({})
-            return
         kept = self.solution.kept
         into: dict[str, list[Edge]] = defaultdict(list)
         wanted: dict[tuple[str, str, int], Tensor] = {}
