@@ -46,10 +46,13 @@ class Sizes:
     ragged: Callable[[fx.Node], Masks]
     merged: Callable[[fx.Node], set[int]]
     changed: set[fx.Node] = field(default_factory=set)
+    _new: dict[fx.Node, dict[int, int]] = field(default_factory=dict)
 
     def new(self, node: fx.Node) -> dict[int, int]:
         """The new size of each dim of a node's value that gets narrower."""
-        return {d: int(mask.sum()) for d, mask in self.masks(node).items()}
+        if node not in self._new:
+            self._new[node] = {d: int(mask.sum()) for d, mask in self.masks(node).items()}
+        return self._new[node]
 
     def number(self, given: Any) -> Any:
         """An argument, or the example value of the node that computes it (`x.shape[1] // 2`)."""
@@ -80,8 +83,10 @@ def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
 def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result."""
     new = sizes.new(node)
+    if not new and not sizes.changed:
+        return
     path, given = _variadic(node, "shape", "size")
-    shape, merged = sizes.env[node].shape, sizes.merged(node)
+    shape = sizes.env[node].shape
     if len(given) != len(shape):
         return
     for d, size in enumerate(given):
@@ -90,7 +95,7 @@ def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         n = new.get(d, shape[d])
         if (d in new or other) and size not in (-1, n):
             # the batch, or another size of the input, is in it: torch works it out
-            free = merged == {d} and -1 not in given
+            free = -1 not in given and sizes.merged(node) == {d}
             yield Literal(node=node.name, path=[*path(d)], value=-1 if free else n)
 
 
