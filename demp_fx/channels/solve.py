@@ -165,7 +165,8 @@ class Solver:
         elsewhere = np.ones(system.atoms, dtype=np.bool_)
         for edge in self.edges:
             elsewhere[edge.target.numpy()] = edge.kind == "gather"
-        self.made = self.number[elsewhere]
+        self.made = np.zeros(self.classes, dtype=np.bool_)
+        self.made[self.number[elsewhere]] = True
         tied = {axis.start for axis, _ in _joined_axes(system)}
         self.axes = [axis for axis in system.axes if axis.start not in tied]
         self.along = self._runs([axis.atoms for axis in self.axes])
@@ -230,11 +231,12 @@ class Solver:
 
     def _supplied(self, merged: Indices, closed: list[int]) -> Mask:
         """Classes whose channels nothing computes but edges that can supply zeros and constants."""
-        supplied = np.ones(self.classes, dtype=np.bool_)
-        supplied[merged[self.made]] = False
+        made = self.made.copy()
         for k in closed:
-            supplied[merged[self.targets.part(k)]] = False
-        return supplied
+            made[self.targets.part(k)] = True
+        if closed:
+            made[merged[made]] = True
+        return ~made
 
     def _revive(self, draft: _Draft) -> bool:
         """Keep one channel of every axis: torch refuses layers of width zero. Where nothing

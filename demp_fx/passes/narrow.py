@@ -25,6 +25,8 @@ from demp_fx.passes.plan import (
 )
 from demp_fx.tracing.module import TracedModule, assemble
 
+CACHE = 1 << 18  # bytes
+
 
 def narrow(graph: fx.GraphModule, plan: PruningPlan) -> TracedModule:
     """Carry out `plan` on a traced module.
@@ -179,15 +181,29 @@ def select(
     last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(
         memory_format=torch.channels_last
     )  # fmt: skip
-    for dim, kept in sorted(keep.items(), key=lambda item: len(item[1]) / tensor.size(item[0])):
-        index = kept if isinstance(kept, Tensor) else numbers(kept)
-        tensor = tensor.index_select(dim, index.to(tensor.device))
+    indices = {
+        dim: (kept if isinstance(kept, Tensor) else numbers(kept)).to(tensor.device)
+        for dim, kept in keep.items()
+    }
+    if indices.keys() >= {0, 1}:
+        tensor = _rows_and_columns(tensor, indices.pop(0), indices.pop(1))
+    for dim, index in indices.items():
+        tensor = tensor.index_select(dim, index)
     if grouped is not None:
         index = numbers(grouped).to(tensor.device)
         rows = index.repeat_interleave(tensor.size(0) // len(grouped), 0)
         rows = rows.reshape(*rows.shape, *[1] * (tensor.dim() - 2))
         tensor = tensor.gather(1, rows.expand(*rows.shape[:2], *tensor.shape[2:]))
     return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+
+def _rows_and_columns(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The entries at indices of dims 0 and 1: of a few rows at a time, which stay in the cache."""
+    made = tensor.new_empty((rows.numel(), columns.numel(), *tensor.shape[2:]))
+    few = max(1, CACHE * tensor.size(0) // max(1, tensor.nbytes))
+    for some, part in zip(rows.split(few), made.split(few), strict=True):
+        torch.index_select(tensor.index_select(0, some), 1, columns, out=part)
+    return made
 
 
 # -- the graph ----------------------------------------------------------------------------------
