@@ -60,15 +60,14 @@ def repeats_along(label: Tensor, dim: int) -> bool:
 
 def outer_to_inner(label: Tensor) -> list[int]:
     """The varying dims of a label, the one with the largest step first."""
-    dims = varying(label)
-    corner = label[(0,) * label.dim()]
+    atoms = label.numpy()
 
     def step(d: int) -> int:
-        line = label.movedim(d, 0).reshape(label.size(d), -1)[:, 0] - corner
-        moves = line[line != 0]
-        return int(moves.abs().min()) if moves.numel() else 0
+        line = atoms[tuple(slice(None) if k == d else 0 for k in range(atoms.ndim))]
+        moves = np.abs(line[line != line[0]] - line[0])
+        return int(moves.min()) if moves.size else 0
 
-    return sorted(dims, key=step, reverse=True)
+    return sorted(varying(label), key=step, reverse=True)
 
 
 def rows_of(label: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -108,17 +107,17 @@ def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], dict[i
     """
     masks: dict[int, Tensor] = {}
     ragged: dict[int, Tensor] = {}
-    blocks = kept.permute(*order, *[d for d in range(kept.dim()) if d not in order])
-    blocks = blocks.reshape(1, *[kept.size(d) for d in order])
+    rest = [d for d in range(kept.dim()) if d not in order]
+    blocks = kept.numpy().transpose(*order, *rest).reshape(1, *[kept.size(d) for d in order])
     for d in order:
-        if blocks.size(0) == 0:  # nothing is left to be in blocks
+        if not blocks.shape[0]:  # nothing is left to be in blocks
             return None
-        alive = blocks.reshape(*blocks.shape[:2], -1).any(-1)
+        alive = np.asarray(blocks.any(tuple(range(2, blocks.ndim))))
         counts = alive.sum(1)
-        if int(counts.min()) != int(counts.max()):
+        if counts.min() != counts.max():
             return None
-        masks[d] = alive[0]
-        if not bool((alive == alive[0]).all()):
-            ragged[d] = alive
+        masks[d] = torch.from_numpy(alive[0])
+        if not (alive == alive[0]).all():
+            ragged[d] = torch.from_numpy(alive)
         blocks = blocks[alive]
     return masks, ragged
