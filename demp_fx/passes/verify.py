@@ -164,11 +164,14 @@ def _tensors(output: Any) -> list[Tensor]:
 @contextmanager
 def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     """Copies in a module's own tables, in float64 unless in their "own" dtype; buffers come back as
-    they were, not as updated. With "ops", weights stay what they are: those are returned."""
+    they were, not as updated. With "ops", weights stay what they are: those are returned (but none
+    of recurrent layers, which ask their dtype)."""
     dtype = None if precision == "own" else torch.float64
     tables: list[dict[str, Any]] = [part._parameters, part._buffers]
     before = [dict(table) for table in tables]
-    kept = [t for t in before[0].values() if t is not None and t.dim() > 1 and precision == "ops"]
+    kept = []
+    if precision == "ops" and not isinstance(part, nn.RNNBase):
+        kept = [t for t in before[0].values() if t is not None and t.dim() > 1]
     whole = {id(t) for t in kept}
     try:
         for table in tables:
