@@ -88,9 +88,9 @@ def carried(system: System, folds: dict[int, Facts], number: Indices) -> list[Ca
     found = []
     for read in system.reads:
         facts = folds.get(id(read))
-        if facts is None:
+        if facts is None or not bool((rest := facts.constant).any()):
             continue
-        rest = facts.constant & ~by_bias(read, facts)
+        rest &= ~by_bias(read, facts)
         if read.silent is not None:
             rest &= ~read.silent
         if bool(rest.any()):

@@ -167,17 +167,16 @@ class Solver:
             elsewhere[edge.target.numpy()] = edge.kind == "gather"
         self.made = np.zeros(self.classes, dtype=np.bool_)
         self.made[self.number[elsewhere]] = True
-        tied = {axis.start for axis, _ in _joined_axes(system)}
+        tied = {second for _, second in system.whole}  # to one before it
         self.axes = [axis for axis in system.axes if axis.start not in tied]
         self.along = self._runs([axis.atoms for axis in self.axes])
         self.pinned = self._runs([pin.atoms for pin in system.pins if not pin.outputs]).at
         self.carried = carried(system, self.folds, self.number)
-        self.links = [
-            (self.number[k.rows.numpy()], self.number[k.gate.numpy()]) for k in system.links
-        ]
-        blocks = {(b.atoms.shape, b.atoms.numpy().tobytes()): b.atoms for b in system.blocks}
+        links = ((link.rows.numpy(), link.gate.numpy()) for link in system.links)
+        self.links = [(self.number[rows], self.number[gate]) for rows, gate in links]
+        blocks = (self.number[block.atoms.numpy()] for block in system.blocks)
         # the same ones are met by every op on their way
-        self.blocks = [self.number[atoms.numpy()] for atoms in blocks.values()]
+        self.blocks = list({(b.shape, b.tobytes()): b for b in blocks}.values())
 
     def solve(self, hard: Set[int] = frozenset()) -> Solution:
         """The least fixpoint, those edges closed whose ids are `hard`."""
