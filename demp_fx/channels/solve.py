@@ -167,7 +167,7 @@ class Solver:
             elsewhere[edge.target.numpy()] = edge.kind == "gather"
         self.made = np.zeros(self.classes, dtype=np.bool_)
         self.made[self.number[elsewhere]] = True
-        tied = {second for _, second in system.whole}  # to one before it
+        tied = {b for a, b in system.whole if a < b}  # to one before them
         self.axes = [axis for axis in system.axes if axis.start not in tied]
         self.along = self._runs([axis.atoms for axis in self.axes])
         self.pinned = self._runs([pin.atoms for pin in system.pins if not pin.outputs]).at
