@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.labels import varying
+from demp_fx.channels.runs import Mask
 
 Atoms = npt.NDArray[np.int64]  # numpy looks at small arrays several times faster than torch
 
@@ -91,22 +92,23 @@ def rows_of(label: Tensor, dims: tuple[int, ...]) -> Tensor:
     return label.permute(*dims, *rest).reshape(size, -1)
 
 
-def fillers(present: Tensor) -> Tensor:
+def fillers(present: Mask) -> Mask:
     """Which entries of nested blocks (n1, ..., nk) must be added, so that blocks are equal again.
 
     Blocks without any entry may go; all others of a level become as long as the longest.
     """
-    if present.dim() < 2:
-        return torch.zeros_like(present)
-    full = present.clone()
-    alive = full.any(-1)
-    new = fillers(alive)
-    full[..., 0] |= new
-    counts = full.sum(-1, keepdim=True)
-    missing = torch.where(counts > 0, counts.max() - counts, 0)
-    absent = ~full
-    full |= absent & (absent.to(torch.int64).cumsum(-1) <= missing)
-    return full & ~present
+    if present.ndim < 2:
+        return np.zeros_like(present)
+    full = present.copy()
+    alive: Mask = np.asarray(full.any(-1))
+    full[..., 0] |= fillers(alive)
+    counts = full.sum(-1, keepdims=True)
+    missing = np.where(counts > 0, counts.max() - counts, 0)
+    if missing.any():
+        absent = ~full
+        full |= absent & (absent.cumsum(-1) <= missing)
+    filled: Mask = full & ~present
+    return filled
 
 
 def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:
@@ -118,17 +120,17 @@ def dim_masks(kept: Tensor, order: list[int]) -> tuple[dict[int, Tensor], dict[i
     """
     masks: dict[int, Tensor] = {}
     ragged: dict[int, Tensor] = {}
-    blocks = kept.permute(*order, *[d for d in range(kept.dim()) if d not in order])
-    blocks = blocks.reshape(1, *[kept.size(d) for d in order])
+    rest = [d for d in range(kept.dim()) if d not in order]
+    blocks = kept.numpy().transpose(*order, *rest).reshape(1, *[kept.size(d) for d in order])
     for d in order:
-        if blocks.size(0) == 0:  # nothing is left to be in blocks
+        if not blocks.shape[0]:  # nothing is left to be in blocks
             return None
-        alive = blocks.reshape(*blocks.shape[:2], -1).any(-1)
+        alive = np.asarray(blocks.any(tuple(range(2, blocks.ndim))))
         counts = alive.sum(1)
-        if int(counts.min()) != int(counts.max()):
+        if counts.min() != counts.max():
             return None
-        masks[d] = alive[0]
-        if not bool((alive == alive[0]).all()):
-            ragged[d] = alive
+        masks[d] = torch.from_numpy(alive[0])
+        if not (alive == alive[0]).all():
+            ragged[d] = torch.from_numpy(alive)
         blocks = blocks[alive]
     return masks, ragged

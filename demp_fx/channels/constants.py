@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.facts import Facts
+from demp_fx.channels.runs import Indices, Mask
 from demp_fx.channels.system import Read, System
 
 
@@ -45,48 +46,60 @@ def by_bias(read: Read, facts: Facts) -> Tensor:
     return facts.constant & facts.steady
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Carried:
-    """The constants of a read that only channels that stay can stand for: `atoms` (n), with their
-    `values` (2, n) in eval and in train mode, and their `profile` (n)."""
+    """The constants of a read that only channels that stay can stand for.
 
-    read: Read
-    atoms: npt.NDArray[np.int64]
+    `atoms` (n), by the numbers of their classes, like the `outputs` of the read; their `values` in
+    eval and in train mode (2, n). `profiles`: which of them have the same spatial profile, and of
+    what rank those are.
+    """
+
+    atoms: Indices
+    outputs: list[Indices]
     values: npt.NDArray[np.float64]
-    profile: npt.NDArray[np.int64]
+    profiles: list[tuple[Indices, int]]
+    answers: dict[bytes, int | None] = field(default_factory=dict)
 
-    def missing(self, kept: npt.NDArray[np.bool_]) -> int | None:
-        """An atom that must stay so that the dropped constants are a combination of kept ones.
+    def missing(self, kept: Mask) -> int | None:
+        """What must stay so that the dropped constants are a combination of kept ones."""
+        key = kept.tobytes()  # the same is asked again while others find something missing
+        if key not in self.answers:
+            self.answers[key] = self._missing(kept)
+        return self.answers[key]
 
-        Of each spatial profile at most two independent ones are needed.
-        """
-        for profile in np.unique(self.profile[~kept]):
-            here = self.profile == profile
-            stay, gone = here & kept, np.flatnonzero(here & ~kept)
-            basis = independent(self.values[:, stay])
-            if basis == independent(self.values[:, here]):
+    def _missing(self, kept: Mask) -> int | None:
+        """Of each spatial profile at most two independent constants are needed."""
+        for here, rank in self.profiles:
+            stay = here[kept[here]]
+            basis = independent(self.values[:, stay]) if stay.size < here.size else rank
+            if basis == rank:
                 continue
+            gone = here[~kept[here]]
             for index in gone[np.argsort(-np.abs(self.values[:, gone]).sum(0), kind="stable")]:
-                stay[index] = True
-                if independent(self.values[:, stay]) > basis:
+                more = np.sort(np.append(stay, index))
+                if independent(self.values[:, more]) > basis:
                     return int(self.atoms[index])
-                stay[index] = False
         return None
 
 
-def carried(system: System, folds: dict[int, Facts]) -> list[Carried]:
-    """Each read's constants that no bias can take."""
+def carried(system: System, folds: dict[int, Facts], number: Indices) -> list[Carried]:
+    """Each read's constants that no bias can take; `number`: the class of each atom."""
     found = []
     for read in system.reads:
         facts = folds.get(id(read))
-        if facts is None:
+        if facts is None or not bool((rest := facts.constant).any()):
             continue
-        rest = facts.constant & ~by_bias(read, facts)
+        rest &= ~by_bias(read, facts)
         if read.silent is not None:
             rest &= ~read.silent
         if bool(rest.any()):
-            parts = (read.inputs[rest], facts.values[:, rest], facts.profile[rest])
-            found.append(Carried(read, *(part.numpy() for part in parts)))
+            atoms, values = number[read.inputs[rest].numpy()], facts.values[:, rest].numpy()
+            outputs = [number[o.numpy()] for o in read.outputs]
+            profile = facts.profile[rest].numpy()
+            alike = [np.flatnonzero(profile == one) for one in np.unique(profile)]
+            ranks = [(here, independent(values[:, here])) for here in alike]
+            found.append(Carried(atoms, outputs, values, ranks))
     return found
 
 

@@ -6,13 +6,15 @@ what the removed channels would have moved and multiplied behind (or before) it.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Literal
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from demp_fx.channels.runs import Indices, Mask, Runs
 from demp_fx.channels.solve import Solution, Solver
 from demp_fx.channels.system import Edge, System
 
@@ -36,17 +38,17 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     """
     hard = {id(e) for e in system.edges} if cuts == "never" else set()
     solver = Solver(system)
-    solution = solver.solve(hard)
+    solution, costs = solver.solve(hard), _Costs(solver)
     cost = None
     while cuts == "pays":
-        bad = _bad_places(system, solution)
+        bad = costs.bad_places(solution)
         if not bad:
             break
-        cost = total(system, solution) if cost is None else cost
+        cost = costs.total(solution) if cost is None else cost
         for places in (bad, bad[: len(bad) // 2]):
             closed = hard | {id(e) for place in places for e in place}
             without = solver.solve(closed)
-            cheaper = total(system, without)
+            cheaper = costs.total(without)
             if cheaper <= cost * (1 - SLACK):
                 hard, solution, cost = closed, without, cheaper
                 break
@@ -55,100 +57,98 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     return solution
 
 
-def _bad_places(system: System, solution: Solution) -> list[list[Edge]]:
-    """The places whose cuts move more than they free next to them, the worst first."""
-    places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
-    for edge in cut_edges(solution, system.edges):
-        alone = "" if edge.kind == "gather" else edge.producer
-        places[edge.consumer, alone].append(edge)
-    if not places:
-        return []
-    cost = _Costs(system, solution)
-    gains = [(sum(map(cost.gain, place)), place) for place in places.values()]
-    return [place for gain, place in sorted(gains, key=lambda pair: pair[0]) if gain <= 0]
-
-
-def total(system: System, solution: Solution) -> float:
-    """What the narrow network moves and multiplies in all, in numbers moved."""
-    steps = [r for r in system.reads if r.macs or r.weights]
-    runs = [t.atoms for t in system.traffic]
-    for read in steps:
-        runs += [read.inputs, *read.outputs]
-    counts = iter(_counts(solution, runs))
-    cost = sum(2.0 * t.elements * next(counts) for t in system.traffic)
-    for read in steps:
-        part = 1.0
-        for atoms in (read.inputs, *read.outputs):
-            part *= next(counts) / max(1, atoms.numel())
-        cost += part * (read.macs / MACS_PER_NUMBER + read.weights * MOVES_PER_WEIGHT)
-    for edge in cut_edges(solution, system.edges):
-        cost += moves(solution, edge) * edge.elements
-    return cost
-
-
-def _counts(solution: Solution, runs: list[Tensor]) -> list[float]:
-    """How many atoms of each run stay."""
-    if not runs:
-        return []
-    kept = solution.kept(torch.cat(runs)).to(torch.int64).cumsum(0)
-    ends = torch.tensor([r.numel() for r in runs]).cumsum(0)
-    upto = torch.cat([torch.zeros(1, dtype=torch.int64), kept])[ends]
-    found: list[float] = upto.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
-    return found
-
-
-def moves(solution: Solution, edge: Edge) -> float:
-    """How many numbers a cut moves, for each position."""
-    before, after = solution.kept(edge.source), solution.kept(edge.target)
-    kept, both = int(after.sum()), int((before & after).sum())
-    moved = 2.0 * both if bool((before & ~after).any()) else 0.0
-    if edge.kind == "sum":  # read and write the sum, read and write where it is added to
-        moved += max(3.0 * both - kept, 0.0)
-    elif both < kept:  # write everything, then read and write what is there
-        moved += kept + 2.0 * both
-    return moved
-
-
-def cut_edges(solution: Solution, edges: list[Edge]) -> list[Edge]:
-    """The edges on whose two sides channels differ."""
-    if not edges:
-        return []
-    differ = solution.kept(torch.cat([e.source for e in edges])) != solution.kept(
-        torch.cat([e.target for e in edges])
-    )
-    ends = torch.tensor([e.source.numel() for e in edges]).cumsum(0)
-    found = torch.searchsorted(ends, differ.nonzero().reshape(-1), right=True).unique()
-    return [edges[k] for k in found.tolist()]
+Numbers = npt.NDArray[np.float64]
 
 
 class _Costs:
-    """What one channel of each atom class moves and multiplies."""
+    """What solutions of one system move and multiply, in numbers moved."""
 
-    def __init__(self, system: System, solution: Solution) -> None:
-        root, size = solution.root, system.atoms
-        moved = [(t.atoms, 2.0 * t.elements) for t in system.traffic]
-        worked: list[tuple[Tensor, float]] = []
-        for read in system.reads:
-            work = read.macs / MACS_PER_NUMBER + read.weights * MOVES_PER_WEIGHT
-            worked += [(s, work / max(1, s.numel())) for s in (read.inputs, *read.outputs)]
-        self.solution = solution
-        self.price = _weigh(root, size, moved + worked)
+    def __init__(self, solver: Solver) -> None:
+        self.solver, self.edges = solver, solver.edges
+        self.sums = np.array([e.kind == "sum" for e in self.edges], dtype=np.bool_)
+        self.elements = np.array([e.elements for e in self.edges], dtype=np.float64)
 
-    def gain(self, edge: Edge) -> float:
-        """Numbers saved by cutting here, less the numbers that the cut moves."""
-        before, after = self.solution.kept(edge.source), self.solution.kept(edge.target)
-        root = self.solution.root
-        saved = self.price[root[edge.source[after & ~before]]].sum()
-        saved += self.price[root[edge.target[before & ~after]]].sum()
-        return float(saved) - moves(self.solution, edge) * edge.elements
+    @functools.cached_property
+    def _traffic(self) -> tuple[Runs, Numbers]:
+        """The values that are written, and what one channel of each moves."""
+        written = self.solver.system.traffic
+        moved = np.array([2.0 * t.elements for t in written])
+        return Runs([t.atoms for t in written], self.solver.number), moved
 
+    @functools.cached_property
+    def _work(self) -> tuple[Runs, Numbers, Indices]:
+        """The inputs and outputs of every read; of each the read's work in all; where reads start
+        among them."""
+        parts: list[Tensor] = []
+        work: list[float] = []
+        starts: list[int] = []
+        for read in self.solver.system.reads:
+            sides = (read.inputs, *read.outputs)
+            starts.append(len(parts))
+            parts += sides
+            price = read.macs / MACS_PER_NUMBER + read.weights * MOVES_PER_WEIGHT
+            work += [price] * len(sides)
+        runs = Runs(parts, self.solver.number)
+        return runs, np.array(work), np.array(starts, dtype=np.int64)
 
-def _weigh(root: Tensor, size: int, items: Iterable[tuple[Tensor, float]]) -> Tensor:
-    pairs = list(items)
-    price = torch.zeros(size, dtype=torch.float64)
-    if pairs:
-        atoms = root[torch.cat([a for a, _ in pairs])]
-        each = torch.tensor([v for _, v in pairs], dtype=torch.float64)
-        counts = torch.tensor([a.numel() for a, _ in pairs])
-        price.index_add_(0, atoms, each.repeat_interleave(counts))
-    return price
+    @functools.cached_property
+    def _price(self) -> Numbers:
+        """What one channel of each class moves and multiplies, all cuts open."""
+        (written, moved), (worked, work, _) = self._traffic, self._work
+        sizes, lengths = np.diff(written.ends), np.diff(worked.ends)
+        each = [moved.repeat(sizes), (work / np.maximum(lengths, 1)).repeat(lengths)]
+        at = np.concatenate([written.at, worked.at])
+        price = np.bincount(at, np.concatenate(each), self.solver.classes)
+        return price.astype(np.float64, copy=False)
+
+    def bad_places(self, solution: Solution) -> list[list[Edge]]:
+        """The places whose cuts move more than they free next to them, the worst first."""
+        moves, cut = self._moves(solution)
+        if not cut.any():
+            return []
+        gains = self._freed(solution) - moves
+        places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
+        gain: dict[tuple[str, str], float] = defaultdict(float)
+        for k in np.flatnonzero(cut).tolist():
+            edge = self.edges[k]
+            place = edge.consumer, "" if edge.kind == "gather" else edge.producer
+            places[place].append(edge)
+            gain[place] += float(gains[k])
+        return [places[place] for place in sorted(places, key=gain.__getitem__) if gain[place] <= 0]
+
+    def total(self, solution: Solution) -> float:
+        """What the narrow network moves and multiplies in all."""
+        (written, moved), (worked, work, starts) = self._traffic, self._work
+        kept, each = worked.counts(solution.present), np.maximum(np.diff(worked.ends), 1)
+        parts = np.multiply.reduceat(kept / each, starts) @ work[starts]
+        moves, _ = self._moves(solution)
+        return float(moved @ written.counts(solution.present) + parts + moves.sum())
+
+    def _sides(self, solution: Solution) -> tuple[Mask, Mask]:
+        """What stays before all cuts, and behind them."""
+        solver, present = self.solver, solution.present
+        return present[solver.sources.at], present[solver.targets.at]
+
+    def _moves(self, solution: Solution) -> tuple[Numbers, Mask]:
+        """How many numbers each cut moves; which edges are one, as channels differ on their two
+        sides."""
+        left, right = self._sides(solution)
+        before, after, both = map(self.solver.targets.within, (left, right, left & right))
+        cut = (before > both) | (after > both)
+        gathered = np.where(before > both, 2.0 * both, 0.0)
+        # a sum: read and write it, read and write where it is added to
+        added = np.maximum(3.0 * both - after, 0.0)
+        # zeros and constants: write everything, then read and write what is there
+        spread = np.where(after > both, after + 2.0 * both, 0.0)
+        moves = gathered + np.where(self.sums, added, spread)
+        return np.where(cut, moves * self.elements, 0.0), cut
+
+    def _freed(self, solution: Solution) -> Numbers:
+        """The numbers saved next to each cut."""
+        merged, solver = solution.merged, self.solver
+        price = np.bincount(merged, self._price, merged.size)[merged]
+        left, right = self._sides(solution)
+        saved = np.where(right & ~left, price[solver.sources.at], 0.0)
+        saved += np.where(left & ~right, price[solver.targets.at], 0.0)
+        freed: Numbers = np.add.reduceat(saved, solver.targets.ends[:-1])
+        return freed

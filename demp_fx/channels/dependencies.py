@@ -6,10 +6,12 @@ import functools
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from demp_fx.channels.groups import Block, Group, GroupGraph, Link, Member, Node, Pin, Tie
+from demp_fx.channels.runs import Indices
 from demp_fx.channels.solve import Solution, classes, components
 from demp_fx.channels.states import macs, states
 from demp_fx.channels.stream import STRUCTURE
@@ -36,35 +38,35 @@ class DependencyGraph:
         self.system, self.solution, self.params = system, solution, params
         self.nodes: list[Node] = []
         self._root = classes(system)
-        self._group_of = _groups(self._root, system)
+        self._group_of = _groups(self._root.numpy(), system)
         self.axes = self._channels([a for a in system.axes if a.owner in params])
         self._all = [*self.axes, *_streams(system)]
-        starts = torch.tensor([a.start for a in self._all])
-        owners = self._group_of[starts].tolist() if starts.numel() else []
+        owners = self._group_of[_starts(self._all)].tolist()
         self._number = {g: k for k, g in enumerate(dict.fromkeys(owners))}
-        self.bare = self._build()
+        self.bare = self._build(owners)
 
     def _channels(self, axes: list[Axis]) -> list[Axis]:
         """Without the groups that are no channels, such as the sides of a kernel."""
-        structure = torch.zeros(self.system.atoms, dtype=torch.bool)
+        structure = np.zeros(self.system.atoms, dtype=np.bool_)
         for pin in self.system.pins:
             if pin.reason == STRUCTURE:
-                structure[pin.atoms] = True
+                structure[pin.atoms.numpy()] = True
         for pin in self.system.pins:
             if pin.reason != STRUCTURE:
-                structure[pin.atoms] = False
-        starts = torch.tensor([a.start for a in axes], dtype=torch.int64)
+                structure[pin.atoms.numpy()] = False
+        starts = _starts(axes)
         owners, bare = self._group_of[starts].tolist(), structure[starts].tolist()
         channels = {g for g, structural in zip(owners, bare, strict=True) if not structural}
         return [a for a, g in zip(axes, owners, strict=True) if g in channels]
 
-    def _build(self) -> list[Group]:
+    def _build(self, owners: list[int]) -> list[Group]:
+        """The groups; `owners`: the group of atoms that each axis is in."""
         groups = [Group(k) for k in range(len(self._number))]
-        for axis in self.axes:
-            self.group_of(axis, groups).members.append(Member(axis.owner, axis.dim, axis.size))
-        for axis in self._all:
-            group = self.group_of(axis, groups)
+        for k, (axis, owner) in enumerate(zip(self._all, owners, strict=True)):
+            group = groups[self._number[owner]]
             group.name = group.name or name_of(axis)
+            if k < len(self.axes):
+                group.members.append(Member(axis.owner, axis.dim, axis.size))
         self._pin(groups)
         return groups
 
@@ -74,10 +76,9 @@ class DependencyGraph:
         self._count(self.bare)
         return self.bare
 
-    def group_of(self, axis: Axis, groups: list[Group] | None = None) -> Group:
+    def group_of(self, axis: Axis) -> Group:
         """The group that the channels of an axis are in."""
-        number = self._number[int(self._group_of[axis.start])]
-        return (self.groups if groups is None else groups)[number]
+        return self.groups[self._number[int(self._group_of[axis.start])]]
 
     def _count(self, groups: list[Group]) -> None:
         present = torch.zeros(self.system.atoms, dtype=torch.bool)
@@ -106,7 +107,7 @@ class DependencyGraph:
         """For each atom the id of its group, -1 where it is in none."""
         table = torch.full((int(self._group_of.max()) + 1,), -1)
         table[list(self._number)] = torch.arange(len(self._number))
-        return table[self._group_of]
+        return table[torch.from_numpy(self._group_of)]
 
     def groups_in(self, label: Tensor) -> dict[int, int]:
         """The ids of the groups that a label's atoms are in, and how many channels of each."""
@@ -117,12 +118,13 @@ class DependencyGraph:
 
     def _pin(self, groups: list[Group]) -> None:
         seen: Counter[tuple[int, str, str, str, str | None]] = Counter()
-        for pin in self.system.pins:
-            owners = self._group_of[pin.atoms]
-            for owner in owners.unique().tolist() if pin.reason != STRUCTURE else ():
-                channels = int(self._root[pin.atoms[owners == owner]].unique().numel())
+        root, pins = self._root.numpy(), [p for p in self.system.pins if p.reason != STRUCTURE]
+        for pin in pins:
+            atoms = np.unique(root[pin.atoms.numpy()])
+            owners, counts = np.unique(self._group_of[atoms], return_counts=True)
+            site = pin.site
+            for owner, channels in zip(owners.tolist(), counts.tolist(), strict=True):
                 for source in self._sources(owner):
-                    site = pin.site
                     seen[source, pin.reason, site.op, site.node, site.source] += channels
         for (k, reason, op, node, line), channels in seen.items():
             groups[k].pins.append(Pin(reason, op, node, line, channels))
@@ -143,7 +145,7 @@ class DependencyGraph:
         """For each group of atoms, those that arrive in it through edges."""
         feeds: dict[int, set[int]] = defaultdict(set)
         for edge in self.system.edges:
-            target, source = self._group_of[edge.target[0]], self._group_of[edge.source[0]]
+            source, target = (self._group_of[int(side[0])] for side in (edge.source, edge.target))
             feeds[int(target)].add(int(source))
         return feeds
 
@@ -228,22 +230,32 @@ class DependencyGraph:
         return groups_table(self.data)
 
 
+def _starts(axes: list[Axis]) -> Indices:
+    return np.array([axis.start for axis in axes], dtype=np.int64)
+
+
 def _streams(system: System) -> list[Axis]:
     """The axes of values between nodes that a read or edge leads from or to."""
-    used = torch.zeros(system.atoms, dtype=torch.bool)
+    used = np.zeros(system.atoms, dtype=np.bool_)
     for step in system.flow:
         for atoms in (step.inputs, *step.outputs) if isinstance(step, Read) else (step.target,):
-            used[atoms] = True
-    return [a for a in system.axes if a.dim < 0 and bool(used[a.start])]
+            used[atoms.numpy()] = True
+    streams = [axis for axis in system.axes if axis.dim < 0]
+    return [a for a, met in zip(streams, used[_starts(streams)].tolist(), strict=True) if met]
 
 
-def _groups(root: Tensor, system: System) -> Tensor:
-    """For each atom a number that all atoms of its group share: axes with a channel in common."""
-    sizes = torch.tensor([1, *(axis.size for axis in system.axes)])  # atom 0 is its own axis
-    owner = torch.arange(sizes.numel()).repeat_interleave(sizes)
-    first = torch.full((system.atoms,), len(system.axes) + 1)
-    first = first.scatter_reduce(0, root, owner, "amin")
-    other = first[root]
-    new = (owner[1:] != owner[:-1]) | (other[1:] != other[:-1])  # one tie for each run of atoms
-    axis_root = components(len(system.axes) + 1, [(owner[1:][new], other[1:][new])])
-    return axis_root[owner]
+def _groups(root: Indices, system: System) -> Indices:
+    """For each atom a number that all atoms of its group share: axes with a channel in common.
+
+    `root`: for each atom the smallest one that it is tied to, which is in the first of their axes.
+    """
+    sizes = [1, *(axis.size for axis in system.axes)]  # atom 0 is its own axis
+    owner = np.arange(len(sizes)).repeat(sizes)
+    other = owner[root]
+    apart = np.flatnonzero(owner != other)
+    a, b = owner[apart], other[apart]
+    new = np.ones(apart.size, dtype=np.bool_)  # one tie for each run of atoms
+    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    ties = torch.from_numpy(a[new]), torch.from_numpy(b[new])
+    joined: Indices = components(len(sizes), [ties]).numpy()[owner]
+    return joined

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import fillers
 from demp_fx.channels.constants import carried, dead_at, foldable
+from demp_fx.channels.runs import Indices, Mask, Runs
 from demp_fx.channels.system import Axis, Edge, Link, Pin, Read, System
 
 
@@ -73,45 +73,24 @@ def _joined_axes(system: System) -> list[tuple[Axis, int]]:
     return [(axis, smallest(axis.start)) for axis in system.axes if axis.start in to]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Solution:
     """Which atoms stay.
 
-    `keep` and `fill` (bool, one an atom) are meant to be read through `kept`: what is needed, and
-    what only fills a block, with zeros or constants that an edge supplies. `supplied`: the atoms
-    that can be such. `revived`: axes of which every channel could have gone, and that keep one.
+    `mask` (one an atom) is meant to be read through `kept`. `revived`: axes of which every channel
+    could have gone, and that keep one. `present`: the same as `mask`, one for each class of atoms
+    that are tied with all cuts open; `merged`: for each of these the one that it is tied to through
+    closed ones.
     """
 
-    system: System
-    root: Tensor
-    keep: Tensor
-    fill: Tensor
-    supplied: Tensor
-    revived: list[Axis] = field(default_factory=list)
-    final: Tensor | None = None
+    mask: Tensor
+    revived: list[Axis]
+    present: Mask
+    merged: Indices
 
     def kept(self, atoms: Tensor) -> Tensor:
         """A mask over `atoms`: True where they stay."""
-        if self.final is not None:
-            return self.final[atoms]
-        roots = self.root[atoms]
-        return self.keep[roots] | self.fill[roots]
-
-    def add(self, atoms: Tensor) -> None:
-        """Keep atoms that nobody needs: as zeros where an edge supplies them, else as they are."""
-        roots = self.root[atoms]
-        free = self.supplied[roots]
-        self.fill[roots[free]] = True
-        self.keep[roots[~free]] = True
-
-    def settled(self) -> Solution:
-        """This solution, no longer to be changed, and faster to ask."""
-        self.final = (self.keep | self.fill)[self.root]
-        return self
-
-
-Indices = npt.NDArray[np.int64]  # numpy indexes small arrays several times faster than torch
-Mask = npt.NDArray[np.bool_]
+        return self.mask[atoms]
 
 
 def droppable(edge: Edge) -> Tensor | None:
@@ -130,45 +109,97 @@ class _Step:
     pairs: bool
 
 
+@dataclass
+class _Draft:
+    """A solution on its way, by classes.
+
+    What stays is `keep` and `fill`: what is needed, and what only fills a block, with zeros or
+    constants that an edge supplies. `supplied`: the classes that can be such.
+    """
+
+    merged: Indices
+    keep: Mask
+    fill: Mask
+    supplied: Mask
+    revived: list[Axis] = field(default_factory=list)
+
+    def kept(self, classes: Indices) -> Mask:
+        at = self.merged[classes]
+        kept: Mask = self.keep[at] | self.fill[at]
+        return kept
+
+    def present(self) -> Mask:
+        present: Mask = (self.keep | self.fill)[self.merged]
+        return present
+
+    def add(self, classes: Indices) -> bool:
+        """Keep what nobody needs: as zeros where an edge supplies it, else as it is; whether that
+        is new."""
+        at = self.merged[classes]
+        free = self.supplied[at]
+        filled, needed = at[free], at[~free]
+        new = not (self.fill[filled].all() and self.keep[needed].all())
+        self.fill[filled] = True
+        self.keep[needed] = True
+        return new
+
+
 class Solver:
-    """A system, made ready to be solved several times with other edges closed."""
+    """A system, made ready to be solved several times with other edges closed.
+
+    `number`: the class of each atom, all cuts open; in all that follows, classes stand for atoms.
+    """
 
     def __init__(self, system: System) -> None:
         self.system = system
         self.folds = foldable(system)
+        self.number, self.classes = _numbered(classes(system).numpy())
         flow = [*system.flow, *system.links, *(p for p in system.pins if p.outputs)]
         steps = [(id(step), *self._needs(step)) for step in reversed(flow)]
         self.steps = [step for step in steps if step[2].numel()]
-        self.atoms = _joined([a for _, outputs, needs, _ in self.steps for a in (*outputs, needs)])
-        self.open = [e for e in system.edges if e.kind != "gather"]
-        self.sides = [_joined(side) for side in
-                      ([e.source for e in self.open], [e.target for e in self.open])]  # fmt: skip
-        ends = np.cumsum([0, *(e.source.numel() for e in self.open)])
-        self.starts = ends[:-1]
-        axes = [(axis.start - 1, axis.stop - 1) for axis in system.axes]
-        self.axes = np.array(axes, dtype=np.int64).reshape(-1, 2)
-        self.carried = carried(system, self.folds)
-        blocks = {(b.atoms.shape, b.atoms.numpy().tobytes()): b.atoms for b in system.blocks}
-        self.blocks = list(blocks.values())  # the same ones are met by every op on their way
+        self.inside = self._runs([a for _, outs, needs, _ in self.steps for a in (*outs, needs)])
+        self.edges = system.edges
+        self.open = np.array([e.kind != "gather" for e in self.edges], dtype=np.bool_)
+        self.sources = self._runs([e.source for e in self.edges])
+        self.targets = self._runs([e.target for e in self.edges])
+        elsewhere = np.ones(system.atoms, dtype=np.bool_)
+        for edge in self.edges:
+            elsewhere[edge.target.numpy()] = edge.kind == "gather"
+        self.made = np.zeros(self.classes, dtype=np.bool_)
+        self.made[self.number[elsewhere]] = True
+        tied = {b for a, b in system.whole if a < b}  # to one before them
+        self.axes = [axis for axis in system.axes if axis.start not in tied]
+        self.along = self._runs([axis.atoms for axis in self.axes])
+        self.pinned = self._runs([pin.atoms for pin in system.pins if not pin.outputs]).at
+        self.carried = carried(system, self.folds, self.number)
+        links = ((link.rows.numpy(), link.gate.numpy()) for link in system.links)
+        self.links = [(self.number[rows], self.number[gate]) for rows, gate in links]
+        blocks = (self.number[block.atoms.numpy()] for block in system.blocks)
+        # the same ones are met by every op on their way
+        self.blocks = list({(b.shape, b.tobytes()): b for b in blocks}.values())
 
     def solve(self, hard: Set[int] = frozenset()) -> Solution:
         """The least fixpoint, those edges closed whose ids are `hard`."""
-        system, root = self.system, classes(self.system)
-        if hard:
-            closed = [(root[e.source], root[e.target]) for e in system.edges if id(e) in hard]
-            root = components(system.atoms, closed)[root]
-        keep = torch.zeros(system.atoms, dtype=torch.bool)
+        merged = np.arange(self.classes)
+        closed = [k for k, edge in enumerate(self.edges) if id(edge) in hard]
+        if closed:
+            sides = ((self.sources.part(k), self.targets.part(k)) for k in closed)
+            ties = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in sides]
+            merged = components(self.classes, ties).numpy()
+        keep = np.zeros(self.classes, dtype=np.bool_)
         keep[0] = True
-        for pin in system.pins:
-            if not pin.outputs:
-                keep[root[pin.atoms]] = True
-        fill, supplied = torch.zeros_like(keep), self._supplied(root, hard)
-        solution = Solution(system, root, keep, fill, supplied)
-        steps, mask = self._steps(root.numpy(), hard), keep.numpy()
+        keep[merged[self.pinned]] = True
+        draft = _Draft(merged, keep, np.zeros_like(keep), self._supplied(merged, closed))
+        steps = self._steps(merged, hard)
         while True:
-            _propagate(steps, mask)
-            if not (self._revive(solution) or self._complete(solution) or self._carry(solution)):
-                return solution.settled()
+            _propagate(steps, keep)
+            if not (self._revive(draft) or self._complete(draft) or self._carry(draft)):
+                present = draft.present()
+                mask = torch.from_numpy(present[self.number])
+                return Solution(mask, draft.revived, present, merged)
+
+    def _runs(self, parts: list[Tensor]) -> Runs:
+        return Runs(parts, self.number)
 
     def _needs(self, step: Read | Edge | Link | Pin) -> tuple[list[Tensor], Tensor, bool]:
         if isinstance(step, Pin):
@@ -187,79 +218,78 @@ class Solver:
             return [step.target], step.source, True
         return [step.target[~free]], step.source[~free], True
 
-    def _steps(self, root: Indices, hard: Set[int]) -> list[_Step]:
-        """The steps on classes instead of atoms, in reverse order of execution."""
-        there, at, found = root[self.atoms], 0, []
-        for number, outputs, needs, pairs in self.steps:
-            parts = []
-            for atoms in (*outputs, needs):
-                parts.append(there[at : at + atoms.numel()])
-                at += atoms.numel()
+    def _steps(self, merged: Indices, hard: Set[int]) -> list[_Step]:
+        """The steps, in reverse order of execution, with what closed edges tie made one."""
+        parts = iter(self.inside.split(merged[self.inside.at] if hard else self.inside.at))
+        found = []
+        for number, outputs, _, pairs in self.steps:
+            step = _Step([next(parts) for _ in outputs], next(parts), pairs)
             if number not in hard:
-                found.append(_Step(parts[:-1], parts[-1], pairs))
+                found.append(step)
         return found
 
-    def _supplied(self, root: Tensor, hard: Set[int]) -> Tensor:
+    def _supplied(self, merged: Indices, closed: list[int]) -> Mask:
         """Classes whose channels nothing computes but edges that can supply zeros and constants."""
-        made = torch.ones(self.system.atoms, dtype=torch.bool)
-        if self.system.blocks or self.system.links:
-            for edge in self.open:
-                if id(edge) not in hard:
-                    made[edge.target] = False
-            made[root[made.nonzero().reshape(-1)]] = True
+        made = self.made.copy()
+        for k in closed:
+            made[self.targets.part(k)] = True
+        if closed:
+            made[merged[made]] = True
         return ~made
 
-    def _revive(self, solution: Solution) -> bool:
+    def _revive(self, draft: _Draft) -> bool:
         """Keep one channel of every axis: torch refuses layers of width zero. Where nothing
         needs to cross an edge, one of the channels behind it does."""
-        kept, found = (solution.keep | solution.fill)[solution.root].numpy(), False
-        if self.open:
-            before, after = (kept[side] for side in self.sides)
-            crossed = np.logical_or.reduceat(before & after, self.starts)
-            for k in (~crossed & np.logical_or.reduceat(after, self.starts)).nonzero()[0].tolist():
-                edge = self.open[k]
-                behind = solution.kept(edge.target)
-                if not bool((behind & solution.kept(edge.source)).any()):
-                    solution.keep[solution.root[edge.source[behind][0]]] = found = True
+        kept, found = draft.present(), False
+        if self.edges:
+            before, after = kept[self.sources.at], kept[self.targets.at]
+            crossed, behind = (
+                np.logical_or.reduceat(side, self.targets.ends[:-1])
+                for side in (before & after, after)
+            )
+            for k in np.flatnonzero(self.open & behind & ~crossed).tolist():
+                source = self.sources.part(k)
+                wanted = draft.kept(self.targets.part(k))
+                if not (wanted & draft.kept(source)).any():
+                    draft.keep[draft.merged[source[wanted][0]]] = found = True
             if found:
-                kept = (solution.keep | solution.fill)[solution.root].numpy()
-        count = kept.cumsum()
-        for k in (count[self.axes[:, 1]] == count[self.axes[:, 0]]).nonzero()[0].tolist():
-            atom, found = solution.root[self.system.axes[k].start], True
-            if not bool(solution.keep[atom]):
-                solution.keep[atom] = True
-                solution.revived.append(self.system.axes[k])
+                kept = draft.present()
+        alive = np.logical_or.reduceat(kept[self.along.at], self.along.ends[:-1])
+        for k in np.flatnonzero(~alive).tolist():
+            first, found = draft.merged[self.along.part(k)[0]], True
+            if not draft.keep[first]:
+                draft.keep[first] = True
+                draft.revived.append(self.axes[k])
         return found
 
-    def _complete(self, solution: Solution) -> bool:
+    def _complete(self, draft: _Draft) -> bool:
         """Make blocks equal, and let the rows of a link survive with their gate."""
-        if not (solution.system.blocks or solution.system.links):
-            return False
-        before = int(solution.keep.sum()) + int(solution.fill.sum())
-        for link in solution.system.links:
-            rows, gate = solution.kept(link.rows).any(1), solution.kept(link.gate)
-            solution.add(link.gate[rows & ~gate])
-            solution.add(link.rows[gate & ~rows][:, 0])
-        for atoms in self.blocks:
-            solution.add(atoms[fillers(solution.kept(atoms))])
-        return int(solution.keep.sum()) + int(solution.fill.sum()) > before
+        found = False
+        for rows, gate in self.links:
+            alive, kept = draft.kept(rows).any(1), draft.kept(gate)
+            found |= draft.add(gate[alive & ~kept])
+            found |= draft.add(rows[kept & ~alive][:, 0])
+        for block in self.blocks:
+            found |= draft.add(block[fillers(draft.kept(block))])
+        return found
 
-    def _carry(self, solution: Solution) -> bool:
+    def _carry(self, draft: _Draft) -> bool:
         """Keep the carriers: constants that no bias can take are folded into a few that stay."""
-        found, root = False, solution.root.numpy()
-        keep, fill = solution.keep.numpy(), solution.fill.numpy()
+        found = False
         for constants in self.carried:
-            if all(bool(solution.kept(o).any()) for o in constants.read.outputs):
-                roots = root[constants.atoms]
-                wanted = constants.missing(keep[roots] | fill[roots])
+            if all(draft.kept(o).any() for o in constants.outputs):
+                wanted = constants.missing(draft.kept(constants.atoms))
                 if wanted is not None:
-                    keep[root[wanted]] = found = True
+                    draft.keep[draft.merged[wanted]] = found = True
         return found
 
 
-def _joined(parts: list[Tensor]) -> Indices:
-    joined: Indices = torch.cat(parts or [torch.zeros(0, dtype=torch.int64)]).numpy()
-    return joined
+def _numbered(root: Indices) -> tuple[Indices, int]:
+    """For each atom the number of its class, by the smallest atom in it, and how many there are."""
+    firsts = np.flatnonzero(root == np.arange(root.size))
+    table = np.empty_like(root)
+    table[firsts] = np.arange(firsts.size)
+    return table[root], firsts.size
 
 
 def _propagate(steps: list[_Step], keep: Mask) -> None:

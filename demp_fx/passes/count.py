@@ -18,13 +18,15 @@ from demp_fx.channels.averages import LAYER_NORMS, MEANS, RMS_NORMS, kind_of
 from demp_fx.passes.plan import Count
 from demp_fx.passes.resize import Sizes
 
+AVERAGES = MEANS | LAYER_NORMS | RMS_NORMS
+
 
 def counts(graph: fx.GraphModule, sizes: Sizes) -> list[Count]:
     """The averages that lose zeros, and which part of their channels stays."""
     found = []
     for node in sizes.env:
         kind = kind_of(node, graph)
-        if kind not in MEANS | LAYER_NORMS | RMS_NORMS:
+        if kind not in AVERAGES:
             continue
         source = node.args[0]
         if not isinstance(source, fx.Node) or not isinstance(sizes.env[source], Tensor):

@@ -7,12 +7,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.constants import by_bias, foldable, independent
-from demp_fx.channels.cuts import cut_edges
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
@@ -20,7 +20,16 @@ from demp_fx.channels.system import Edge, Read
 from demp_fx.channels.value import tensors_of
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
-from demp_fx.passes.plan import Folding, Gather, PruningPlan, Regroup, Selection, Spread, Sum
+from demp_fx.passes.plan import (
+    Folding,
+    Gather,
+    Literal,
+    PruningPlan,
+    Regroup,
+    Selection,
+    Spread,
+    Sum,
+)
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
 
@@ -40,6 +49,7 @@ class _Planner:
     walk: Walk
     solution: Solution
     cache: dict[fx.Node, tuple[Masks, Masks]] = field(default_factory=dict)
+    labels: dict[Any, tuple[Masks, Masks] | None] = field(default_factory=dict)
     dropped: set[fx.Node] = field(default_factory=set)
     misfits: dict[fx.Node, None] = field(default_factory=dict)
 
@@ -47,36 +57,49 @@ class _Planner:
         plan = PruningPlan()
         self.dropped = self._dropped()
         self._groupings(plan)
-        for axis in self.walk.system.axes:
-            value = self.walk.params.get(axis.owner)
-            if value is None or axis.dim < 0 or value.data is None:
-                continue
-            mask = self.solution.kept(axis.atoms)
-            if not bool(mask.all()):
-                plan.keep.setdefault(axis.owner, {})[axis.dim] = _indices(mask)
-                plan.shapes[axis.owner] = list(value.data.shape)
+        self._keep(plan)
         sizes = Sizes(
             self.walk.env, self.masks, self.seen, lambda node: self._cached(node)[1], self.merged
         )
         sizes.changed.update(narrower_sizes(self.walk.graph, sizes))
+        written: list[Literal] = []
         for node in self.walk.env:
             new = sizes.new(node)
             if new:
                 plan.nodes[node.name] = new
             try:
-                plan.literals += literals(node, sizes)
+                written += literals(node, sizes)
             except MisfitError as error:
                 self.misfits.update(dict.fromkeys(error.nodes))
         if self.misfits:
             raise MisfitError(*self.misfits)
         plan.counts = counts(self.walk.graph, sizes)
-        plan.literals += frozen_scalars(self.walk.graph, sizes)
+        plan.literals = written + frozen_scalars(self.walk.graph, sizes)
         self._edges(plan)
         folds = foldable(self.walk.system)
         for read in self.walk.system.reads:
             if id(read) in folds:
                 plan.folds += self._fold(read)
         return plan
+
+    def _keep(self, plan: PruningPlan) -> None:
+        """What stays of parameters and buffers. Axes that keep the same have one list for it."""
+        params = {k: v.data for k, v in self.walk.params.items() if v.data is not None}
+        axes = [a for a in self.walk.system.axes if a.dim >= 0 and a.owner in params]
+        kept = np.flatnonzero(self.solution.mask.numpy())
+        firsts, lasts = (
+            np.searchsorted(kept, np.array(ends, dtype=np.int64)).tolist()
+            for ends in ([a.start for a in axes], [a.stop for a in axes])
+        )
+        lists: dict[bytes, list[int]] = {}
+        for axis, first, last in zip(axes, firsts, lasts, strict=True):
+            if last - first < axis.size:
+                index = kept[first:last] - axis.start
+                key = index.tobytes()
+                if key not in lists:
+                    lists[key] = index.tolist()
+                plan.keep.setdefault(axis.owner, {})[axis.dim] = lists[key]
+                plan.shapes[axis.owner] = list(params[axis.owner].shape)
 
     def _groupings(self, plan: PruningPlan) -> None:
         """Which inputs each block of filters of a grouped convolution keeps."""
@@ -114,8 +137,11 @@ class _Planner:
 
     def seen(self, node: fx.Node, source: fx.Node) -> Masks:
         """`masks` of an input as `node` gets it: behind the edge between them, if there is one."""
+        edges = self._into.get((source.name, node.name))
+        if edges is None:
+            return self.masks(source)
         masks = dict(self.masks(source))
-        for edge in self._into.get((source.name, node.name), ()):
+        for edge in edges:
             masks[edge.dim] = self.solution.kept(edge.target)
         return {d: mask for d, mask in masks.items() if not bool(mask.all())}
 
@@ -142,21 +168,30 @@ class _Planner:
         masks: Masks = {}
         ragged: Masks = {}
         for label in self.walk.value(tensor).labels:
-            kept = self.solution.kept(label)
-            if bool(kept.all()):
+            key = label.data_ptr(), label.shape, label.stride()  # many nodes carry the same one
+            if key not in self.labels:
+                self.labels[key] = self._along(label)
+            found = self.labels[key]
+            if found is None:
+                self.misfits[node] = None
                 continue
-            dims = varying(label)
-            here = {dims[0]: kept.reshape(-1)}
-            if len(dims) > 1:
-                found = dim_masks(kept, outer_to_inner(label))
-                if found is None:
-                    self.misfits[node] = None
-                    continue
-                here, uneven = found
-                ragged |= uneven
-            for d, mask in here.items():
-                masks[d] = masks.get(d, torch.ones_like(mask)) & mask
-        return {d: mask for d, mask in masks.items() if not bool(mask.all())}, ragged
+            for d, mask in found[0].items():
+                masks[d] = masks[d] & mask if d in masks else mask
+            ragged |= found[1]
+        return masks, ragged
+
+    def _along(self, label: Tensor) -> tuple[Masks, Masks] | None:
+        """Which indices of each dim stay by one label; None where its blocks are not equal."""
+        kept = self.solution.kept(label)
+        if bool(kept.all()):
+            return {}, {}
+        dims = varying(label)
+        if len(dims) < 2:
+            return {dims[0]: kept.reshape(-1)}, {}
+        found = dim_masks(kept, outer_to_inner(label))
+        if found is None:
+            return None
+        return {d: mask for d, mask in found[0].items() if not bool(mask.all())}, found[1]
 
     # -- arrangements ---------------------------------------------------------------------------
 
@@ -205,9 +240,6 @@ class _Planner:
 
     def _edges(self, plan: PruningPlan) -> None:
         """Turn every edge with different channels on its two sides into a gather or a sum."""
-        if not cut_edges(self.solution, self.walk.system.edges):
-            plan.selections = self._selections({})
-            return
         kept = self.solution.kept
         into: dict[str, list[Edge]] = defaultdict(list)
         wanted: dict[tuple[str, str, int], Tensor] = {}
@@ -222,13 +254,16 @@ class _Planner:
             )
         layouts: dict[tuple[str, int], Tensor] = {}
         for node in self.walk.env:
-            for edge in into.get(node.name, ()):
+            edges = into.get(node.name)
+            if edges is None:
+                continue
+            for edge in edges:
                 layouts.setdefault((edge.producer, edge.dim), kept(edge.source))
-            self._join(node, into.get(node.name, []), layouts, wanted)
-            for edge in into.get(node.name, ()):
+            self._join(node, edges, layouts, wanted)
+            for edge in edges:
                 if edge.kind == "spread":
                     plan.spreads += self._spread(node, edge)
-            operands = [e for e in into.get(node.name, ()) if e.kind == "sum"]
+            operands = [e for e in edges if e.kind == "sum"]
             if len(operands) == 2:
                 plan.sums += self._sum(node, operands)
         plan.selections = self._selections(layouts)
@@ -284,8 +319,11 @@ class _Planner:
 
     def rank_of(self, name: str) -> int:
         """How many dims the value of a node has."""
-        value = next(v for n, v in self.walk.env.items() if n.name == name)
-        return len(value.shape)
+        return self._ranks[name]
+
+    @functools.cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {n.name: v.dim() for n, v in self.walk.env.items() if isinstance(v, Tensor)}
 
     def _sum(self, node: fx.Node, operands: list[Edge]) -> list[Sum]:
         """A residual sum of operands that no longer carry the same channels."""
@@ -350,7 +388,7 @@ def _mask(masks: Masks, tensor: Tensor, dim: int) -> Tensor:
 
 
 def _indices(mask: Tensor) -> list[int]:
-    found: list[int] = mask.nonzero().reshape(-1).tolist()
+    found: list[int] = np.flatnonzero(mask.numpy()).tolist()
     return found
 
 

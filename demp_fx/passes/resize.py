@@ -47,10 +47,13 @@ class Sizes:
     ragged: Callable[[fx.Node], Masks]
     merged: Callable[[fx.Node], set[int]]
     changed: set[fx.Node] = field(default_factory=set)
+    _new: dict[fx.Node, dict[int, int]] = field(default_factory=dict)
 
     def new(self, node: fx.Node) -> dict[int, int]:
         """The new size of each dim of a node's value that gets narrower."""
-        return {d: int(mask.sum()) for d, mask in self.masks(node).items()}
+        if node not in self._new:
+            self._new[node] = {d: int(mask.sum()) for d, mask in self.masks(node).items()}
+        return self._new[node]
 
     def number(self, given: Any) -> Any:
         """An argument, or the example value of the node that computes it (`x.shape[1] // 2`)."""
@@ -107,8 +110,10 @@ def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
 def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result."""
     new = sizes.new(node)
+    if not new and not sizes.changed:
+        return
     path, given = _variadic(node, "shape", "size")
-    shape, merged = sizes.env[node].shape, sizes.merged(node)
+    shape = sizes.env[node].shape
     if len(given) != len(shape):
         return
     asked = {d for d, size in enumerate(given) if isinstance(size, fx.Node)}
@@ -120,7 +125,7 @@ def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         and sizes.follows(size) not in (-1, new.get(d, shape[d]))
     }
     # where the batch, or another size of the input, is in it, torch works it out
-    free = merged | (asked & changes.keys())
+    free = sizes.merged(node) | (asked & changes.keys()) if changes else set()
     if len(free) == 1 and -1 not in given:
         changes |= dict.fromkeys(free & changes.keys(), -1)
     for d, n in changes.items():

@@ -17,7 +17,7 @@ def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
     for node in graph.graph.nodes:
         if node.target in ASKS and sizes.masks(node.args[0]):
             found = _asks(node, sizes)
-        elif not any(n in changed for n in node.all_input_nodes):
+        elif not changed or not any(n in changed for n in node.all_input_nodes):
             continue
         elif node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             found = _picks(node.args[0], node.args[1], sizes)
@@ -33,7 +33,7 @@ def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal]:
     """Old values for every number computed from a size that gets smaller, where it is used by a
     tensor op and not as a size."""
     found: list[Literal] = []
-    for node in graph.graph.nodes:
+    for node in graph.graph.nodes if sizes.changed else ():
         tainted = [n for n in node.all_input_nodes if n in sizes.changed]
         asks = node.target in ASKS or node.target is operator.getitem
         if tainted and isinstance(sizes.env.get(node), Tensor) and node.target not in SIZED:

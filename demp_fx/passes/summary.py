@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
@@ -25,14 +26,15 @@ def summarize(
     """
     plan, module, walk, solution = planned.plan, planned.module, planned.before, planned.solution
     notes = graph.meta["demp_fx"]
-    widths = _widths(graph, module)
+    old, new = dict(graph.named_modules()), dict(module.named_modules())
+    widths = _widths(old, new)
     known = _known(walk)
     proven = _known(bare or walk_anew(graph)) if walk.observed else known
     observed = known - proven
     report = CompileReport(
         model=name,
-        params_before=sum(p.numel() for p in graph.parameters()),
-        params_after=sum(p.numel() for p in module.parameters()),
+        params_before=_parameters(old),
+        params_after=_parameters(new),
         macs_before=walk.system.macs,
         macs_after=planned.after.system.macs,
         channels_before=sum(w.out_before for w in widths),
@@ -60,8 +62,13 @@ def summarize(
     return report
 
 
-def _widths(graph: fx.GraphModule, module: fx.GraphModule) -> list[Width]:
-    old, new = dict(graph.named_modules()), dict(module.named_modules())
+def _parameters(modules: Mapping[str, nn.Module]) -> int:
+    """How many numbers all parameters have, those that are tied once."""
+    tables = (module._parameters.values() for module in modules.values())
+    return sum(p.numel() for p in {p for table in tables for p in table if p is not None})
+
+
+def _widths(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> list[Width]:
     widths = []
     for name, layer in old.items():
         weight, narrow = getattr(layer, "weight", None), getattr(new.get(name), "weight", None)

@@ -6,17 +6,17 @@ Where a kernel of the original knows no float64, both run in the dtype that they
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.passes.doubled import InFloat64
 from demp_fx.passes.still import Still
 from demp_fx.report.model import Verification
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
 FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
 ROUGH = 1000  # such units, where all is computed in that dtype
 
-Precision = Literal["layers", "whole", "own"]
+Precision = Literal["ops", "whole", "own"]
 
 
 def verify(
@@ -113,8 +113,8 @@ def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
 
 def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any, Precision]:
     """The original's output (None if it refuses these inputs), and how it was computed. It may look
-    at the dtype of a layer's weights from outside: then all of them are in float64 at once."""
-    ways: tuple[Precision, ...] = ("layers", "whole", "own")
+    at the dtype of its weights, or write into them: then all of them are copied at once."""
+    ways: tuple[Precision, ...] = ("ops", "whole", "own")
     for precision in ways:
         try:
             return run(original, inputs, training, precision), precision
@@ -123,38 +123,11 @@ def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any,
     return None, "own"
 
 
-class _KeepFloat64(TorchDispatchMode):
-    """Every float is float64, also where code asks for another dtype (norms that always compute in
-    float32, grids of coordinates): rounding magnifies differences in the last digit."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.default = torch.get_default_dtype()
-
-    def __enter__(self) -> Self:
-        torch.set_default_dtype(torch.float64)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self.default)
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        dtype = kwargs.get("dtype")
-        if dtype is not None and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision = "layers") -> Any:
+def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision = "ops") -> Any:
     """The output without gradients, randomness or a trace on the module.
 
-    `precision`: in float64, "layers": one by one, "whole": all parameters at once; or in their
-    "own" dtype.
+    `precision`: in float64, to which "ops" convert weights, or the "whole" module at once; or in
+    the "own" dtype of the parameters.
     """
     double = precision != "own"
     if double:
@@ -163,10 +136,10 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
     try:
         module.train(training)
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(_copies(module, precision))
+            kept = [stack.enter_context(_swapped(part, precision)) for part in module.modules()]
             stack.enter_context(Still())
             if double:
-                stack.enter_context(_KeepFloat64())
+                stack.enter_context(InFloat64([t for tensors in kept for t in tensors]))
             return module(*inputs.args, **inputs.kwargs)
     finally:
         for m, mode in modes:
@@ -196,70 +169,26 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _copies(module: nn.Module, precision: Precision) -> Iterator[None]:
-    """Meanwhile every layer computes with copies of its parameters and buffers, in float64 unless
-    in their "own" dtype.
-
-    The copies live only while their layer runs, so that a large network is never held twice; those
-    of a module that is no plain layer live until the end, and all of them unless by "layers".
-    """
+def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
+    """Copies in a module's own tables, in float64 unless in their "own" dtype; buffers come back as
+    they were, not as updated. With "ops", weights stay what they are: those are returned (but none
+    of recurrent layers, which ask their dtype)."""
     dtype = None if precision == "own" else torch.float64
-    with ExitStack() as stack:
-        held = _held(module) if precision == "layers" else set(module.modules())
-        for part in module.modules():
-            if part in held:
-                stack.enter_context(_swapped(part, dtype))
-            elif part._parameters or part._buffers:
-                for handle in _hooks(part, dtype):
-                    stack.callback(handle.remove)
-        yield
-
-
-def _held(module: nn.Module) -> set[nn.Module]:
-    """Modules whose tensors are used from outside of their own forward."""
-    held: set[nn.Module] = {module}
-    for part in module.modules():
-        if any(part.children()) and (part._parameters or part._buffers):
-            held |= set(part.modules()) if part is not module else {part}
-    graph = getattr(module, "graph", None)
-    for node in graph.nodes if graph is not None else ():
-        if node.op == "get_attr":
-            held.add(module.get_submodule(str(node.target).rpartition(".")[0]))
-    return held
-
-
-def _hooks(part: nn.Module, dtype: torch.dtype | None) -> list[Any]:
-    open_: list[Any] = []
-
-    def enter(*_: Any) -> None:
-        context = _swapped(part, dtype)
-        context.__enter__()
-        open_.append(context)
-
-    def leave(*_: Any) -> None:
-        open_.pop().__exit__(None, None, None)
-
-    return [
-        part.register_forward_pre_hook(enter, prepend=True),
-        part.register_forward_hook(leave, always_call=True),
-    ]
-
-
-@contextmanager
-def _swapped(part: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Copies in a module's own tables; buffers come back as they were, not as updated."""
     tables: list[dict[str, Any]] = [part._parameters, part._buffers]
     before = [dict(table) for table in tables]
-    copy: Callable[[Tensor], Tensor] = lambda t: (  # noqa: E731
-        t.detach().to(dtype if t.is_floating_point() else None, copy=True)
-    )
+    kept = []
+    if precision == "ops" and not isinstance(part, nn.RNNBase):
+        kept = [t for t in before[0].values() if t is not None and t.dim() > 1]
+    whole = {id(t) for t in kept}
     try:
         for table in tables:
             for key, tensor in table.items():
                 # a constant of the code is one of the original as well, and is not converted there
-                if tensor is not None and not key.startswith("_tensor_constant"):
-                    table[key] = copy(tensor)
-        yield
+                constant = key.startswith("_tensor_constant")
+                if tensor is not None and id(tensor) not in whole and not constant:
+                    to = dtype if tensor.is_floating_point() else None
+                    table[key] = tensor.detach().to(to, copy=True)
+        yield kept
     finally:
         for table, saved in zip(tables, before, strict=True):
             table.update(saved)

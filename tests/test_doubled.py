@@ -1,0 +1,77 @@
+"""Running a module in float64 without a copy of its weights in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+from demp_fx.inputs import Inputs
+from demp_fx.passes import doubled
+from demp_fx.passes.verify import difference, run
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(12, 7),
+    "no bias": lambda: nn.Linear(12, 7, bias=False),
+    "tokens": lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 9)),
+    "embedding": lambda: nn.Sequential(_Tokens(), nn.Embedding(5, 8)),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 8, 3)),
+    "grouped": lambda: nn.Sequential(nn.Unflatten(1, (4, 3)), nn.Conv1d(4, 8, 3, groups=2)),
+    "transposed": lambda: nn.Sequential(nn.Unflatten(1, (4, 3)), nn.ConvTranspose1d(4, 6, 3)),
+    "attention": lambda: nn.TransformerEncoderLayer(12, 2, 16),
+    "prelu": lambda: nn.Sequential(nn.Linear(12, 6), nn.PReLU(6)),
+    "matrix": lambda: _Matrix(),
+}
+
+
+class _Tokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0).long().sum(1, keepdim=True) % 5
+
+
+class _Matrix(nn.Module):
+    """A parameter that is added to a product, and is multiplied itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.randn(12, 12)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.addmm(self.left, self.left, self.right)
+
+
+class _Clipped(nn.Module):
+    """A layer that writes into its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(-0.5, 0.5)
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("part", [1, 20, 1 << 20])
+def test_converting_weights_in_parts_changes_nothing(
+    name: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doubled, "PART", part)
+    module, inputs = MODULES[name]().eval(), Inputs.of(torch.randn(4, 12))
+    found = run(module, inputs, training=False, precision="ops")
+    assert found.dtype == torch.float64
+    assert difference(run(module, inputs, training=False, precision="whole"), found) < 1e-14
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_who_writes_into_a_weight_is_given_a_copy() -> None:
+    module, x = _Clipped(), torch.randn(4, 12)
+    before = module.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="a weight would be changed"):
+        run(module, Inputs.of(x), training=False)
+    demp_fx.passes.verify(module, module, x)
+    assert torch.equal(module.weight, before)
