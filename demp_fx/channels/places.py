@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -151,7 +152,8 @@ class Places(Stream):
 
         A layer that reads what another one makes stays in its group, as after any flattening.
         """
-        if not self.merged:
+        sames = self.system.sames[start[0] :]
+        if not (self.merged and sames):
             return []
         reads = any(isinstance(s, Read) for s in self.system.since(start))
         repeating = {
@@ -163,7 +165,7 @@ class Places(Stream):
         }
         return [
             repeating[a.data_ptr()]
-            for same in self.system.sames[start[0] :] if repeating
+            for same in sames if repeating
             for a, b in ((same.a, same.b), (same.b, same.a))
             if a.data_ptr() in repeating and not _repeats(b)
         ]  # fmt: skip
@@ -239,7 +241,8 @@ class Places(Stream):
 
 def _repeats(label: Tensor) -> bool:
     """Whether channels are merged with another axis: where they are then depends on its size."""
-    return int(label.unique().numel()) < label.numel()
+    atoms = label.reshape(-1).numpy()
+    return not (atoms[1:] > atoms[:-1]).all() and np.unique(atoms).size < atoms.size
 
 
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:
