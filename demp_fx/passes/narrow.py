@@ -113,9 +113,8 @@ class _Weights:
     def _folded(self, data: Tensor, folds: list[Folding]) -> Tensor:
         data = data.clone()
         for fold in folds:
-            weight = self.state[fold.weight].detach()
-            dropped = weight.index_select(fold.dim, numbers(fold.dropped).to(weight.device))
-            dropped = dropped.movedim(fold.dim, 0).to(torch.float64)
+            weight = self.state[fold.weight].detach().movedim(fold.dim, 0)
+            dropped = weight[numbers(fold.dropped).to(weight.device)].to(torch.float64)
             if fold.bias is not None:
                 values = torch.tensor(fold.values, dtype=torch.float64, device=data.device)
                 shift = torch.tensordot(values, dropped.flatten(2).sum(2) if dropped.dim() > 2
