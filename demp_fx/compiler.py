@@ -98,7 +98,8 @@ def compile(
     with clock("narrow"), without_collection():
         planned = fit(graph, walked, cuts)
     plan, module = planned.plan, planned.module
-    report = summarize(type(model).__name__, graph, planned, samples, bare)
+    with clock("summarize"), without_collection():
+        report = summarize(type(model).__name__, graph, planned, samples, bare)
     if verify:
         with clock("verify"):
             train = samples == 0 or optimizer is not None or model.training
