@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from demp_fx.passes.narrow import select
 from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.weights import select
 
 Move = tuple[Tensor, Callable[[Tensor], Tensor]]
 """A parameter's successor, and what becomes of a state tensor of the parameter's rank."""

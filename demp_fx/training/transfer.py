@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from demp_fx.passes.narrow import select
 from demp_fx.passes.plan import PruningPlan
+from demp_fx.passes.weights import select
 from demp_fx.training.fold import folded
 from demp_fx.training.optimizer import Move, follow
 
