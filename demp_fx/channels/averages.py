@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from demp_fx.calls import called
+
 MEANS: set[Any] = {"mean", torch.mean, torch.ops.aten.mean.dim}
 LAYER_NORMS: set[Any] = {F.layer_norm, torch.ops.aten.layer_norm.default, nn.LayerNorm}
 RMS_NORMS: set[Any] = {F.rms_norm, torch.ops.aten.rms_norm.default, nn.RMSNorm}
@@ -25,10 +27,10 @@ def kind_of(node: fx.Node, graph: fx.GraphModule) -> Any:
     """The target of a node; of a module, its class."""
     if node.op == "call_module":
         return type(graph.get_submodule(str(node.target)))
-    return node.target
+    return called(node)
 
 
 def takes_average(node: fx.Node, layers: Mapping[str, nn.Module]) -> bool:
     """Whether a node is one of those above; `layers`: the modules by name."""
-    kind = type(layers[str(node.target)]) if node.op == "call_module" else node.target
+    kind = type(layers[str(node.target)]) if node.op == "call_module" else called(node)
     return kind in _AVERAGES

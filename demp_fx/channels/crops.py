@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from demp_fx.calls import called
+
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
 
@@ -16,7 +18,7 @@ _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
 def cropped_dims(node: fx.Node, rank: int, given: Set[fx.Node]) -> set[int]:
     """The dims that `node` crops at a size, or picks at one, which nodes in `given` work out (those
     that depend on the inputs); `rank`: of the tensor it crops."""
-    if node.target in _NARROWS and any(
+    if called(node) in _NARROWS and any(
         isinstance(a, fx.Node) and a in given for a in node.args[2:]
     ):
         dim: Any = node.args[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from demp_fx.calls import called
 from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.groups import Node
 from demp_fx.channels.places import SUMS
@@ -42,7 +43,7 @@ def _node(
             for group, count in deps.groups_in(label).items():
                 groups[group] = max(groups.get(group, 0), count)
     joins = "concat" if node.target in CATS else ""
-    if node.target in SUMS and len(inputs) > 1:
+    if called(node) in SUMS and len(inputs) > 1:
         joins = "sum"
     return Node(
         name=node.name, kind=_kind(walk.graph, node), module=_module(node), inputs=inputs,

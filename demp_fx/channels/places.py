@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from demp_fx.calls import called
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
@@ -56,7 +57,7 @@ class Places(Stream):
         `fixed`: the size of its axis is known.
         """
         tensor = self.env[n]
-        if not isinstance(tensor, Tensor) or n.op == "get_attr" or user.target in SIZES:
+        if not isinstance(tensor, Tensor) or n.op == "get_attr" or called(user) in SIZES:
             return tensor
         value = self.value(tensor)
         if value.version != self.version(tensor):
@@ -67,7 +68,7 @@ class Places(Stream):
             return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum", fixed)
-        readers = sum(1 for reader in n.users if reader.target not in SIZES)
+        readers = sum(1 for reader in n.users if called(reader) not in SIZES)
         if n in self.made:
             only = self._pinned(value) if readers == 1 else value.labels
             return self._cut(n, user, tensor, value, "gather", only=only)
@@ -199,7 +200,7 @@ class Places(Stream):
 
     def _is_sum(self, node: fx.Node) -> bool:
         """A residual sum: two activations of one shape, nothing else, no one to see it in place."""
-        if node.target not in SUMS or len(node.args) != 2 or node.kwargs:
+        if called(node) not in SUMS or len(node.args) != 2 or node.kwargs:
             return False
         a, b = node.args
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
@@ -209,7 +210,7 @@ class Places(Stream):
             return False
         if a in self.made or b in self.made:
             return False
-        if node.target in IN_PLACE_SUMS and len(a.users) > 1:
+        if called(node) in IN_PLACE_SUMS and len(a.users) > 1:
             return False
         if x.shape != y.shape or x.dtype != y.dtype:
             return False

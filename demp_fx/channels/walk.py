@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from demp_fx.calls import called
 from demp_fx.channels.averages import takes_average
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
@@ -164,7 +165,7 @@ class Walk(Places):
 
     def _settle(self) -> None:
         """Chains that are used on their way: their blocks stay equal."""
-        for node, broken in self.chains.settle(lambda user: user.target in SIZES):
+        for node, broken in self.chains.settle(lambda user: called(user) in SIZES):
             self.site = Site(str(node.op), node.name, node.meta.get("source"))
             for label in broken:
                 self.system.pin(label, "its channels are rearranged with another axis", self.site)

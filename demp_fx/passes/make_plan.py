@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from demp_fx.calls import called
 from demp_fx.channels.analysis import walk
 from demp_fx.channels.cuts import Cuts, decide
 from demp_fx.channels.facts import Facts
@@ -51,7 +52,7 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
     pinned: set[fx.Node] = set()
     refused: Counter[fx.Node] = Counter()
     for node in walked.env:
-        if node.name in walked.sliced and node.target not in ROWS:
+        if node.name in walked.sliced and called(node) not in ROWS:
             pinned.add(node)
             _pin(walked, node)
     while True:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from demp_fx.calls import called
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.constants import by_bias, foldable, independent
 from demp_fx.channels.labels import varying
@@ -297,7 +298,7 @@ class _Planner:
             wanted[key] = layouts[key[0], dim]
         own = _mask(self.masks(node), self.walk.env[node], dim)
         for user in node.users:
-            if user.target not in SIZES:
+            if called(user) not in SIZES:
                 wanted.setdefault((node.name, user.name, dim), own)
 
     def _spread(self, node: fx.Node, edge: Edge) -> list[Spread]:

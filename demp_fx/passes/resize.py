@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from demp_fx.calls import called
 from demp_fx.errors import DempError
 from demp_fx.passes.plan import Literal
 
@@ -64,7 +65,7 @@ class Sizes:
         where nobody can tell."""
         if not isinstance(given, fx.Node):
             return given
-        if given.target in ASKS and isinstance(given.args[0], fx.Node):
+        if called(given) in ASKS and isinstance(given.args[0], fx.Node):
             return self._asked(given)
         arguments = [self.follows(a) for a in given.args]
         if given.op != "call_function" or given.kwargs or any(a is None for a in arguments):
@@ -103,7 +104,7 @@ Row = Callable[[fx.Node, Sizes], Iterator[Literal]]
 
 def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
     """The arguments of a node that must change, none where no row knows of any."""
-    row = ROWS.get(node.target)
+    row = ROWS.get(called(node))
     return list(row(node, sizes)) if row is not None else []
 
 

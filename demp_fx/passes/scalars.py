@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from demp_fx.calls import called
 from demp_fx.passes.plan import Literal
 from demp_fx.passes.resize import ASKS, SIZED, Sizes
 
@@ -15,7 +16,7 @@ def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
     """Nodes that hold a size that gets smaller, or a number or list computed from one."""
     changed: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if node.target in ASKS and sizes.masks(node.args[0]):
+        if called(node) in ASKS and sizes.masks(node.args[0]):
             found = _asks(node, sizes)
         elif not changed or not any(n in changed for n in node.all_input_nodes):
             continue
@@ -35,8 +36,8 @@ def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal]:
     found: list[Literal] = []
     for node in graph.graph.nodes if sizes.changed else ():
         tainted = [n for n in node.all_input_nodes if n in sizes.changed]
-        asks = node.target in ASKS or node.target is operator.getitem
-        if tainted and isinstance(sizes.env.get(node), Tensor) and node.target not in SIZED:
+        asks = called(node) in ASKS or node.target is operator.getitem
+        if tainted and isinstance(sizes.env.get(node), Tensor) and called(node) not in SIZED:
             found += [] if asks else _literals(node, tainted, sizes)
     return found
 
@@ -63,7 +64,7 @@ def _picks(source: fx.Node, index: Any, sizes: Sizes) -> bool:
 
 def _dims(node: fx.Node, sizes: Sizes) -> tuple[fx.Node, list[int]] | None:
     """Of which tensor, and of which of its dims, a list of sizes is; None where that is unknown."""
-    if node.target in ASKS and isinstance(node.args[0], fx.Node):
+    if called(node) in ASKS and isinstance(node.args[0], fx.Node):
         value = sizes.env.get(node.args[0])
         return (node.args[0], list(range(value.dim()))) if isinstance(value, Tensor) else None
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):

@@ -1,0 +1,55 @@
+"""Inputs, parameters, buffers and layers may have the names of methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+
+NAMES = ["mean", "size", "view", "reshape", "chunk", "split", "narrow", "select", "add", "shape"]
+
+
+def half_dead(layer: nn.Conv2d) -> None:
+    with torch.no_grad():
+        layer.weight[:4] = 0
+        layer.bias[:4] = 0
+
+
+class Normalised(nn.Module):
+    def __init__(self, name: str, *, trained: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.i, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        value = torch.rand(1, 3, 1, 1)
+        if trained:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+        half_dead(self.i)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.o(self.i(x - getattr(self, self.name)).relu())
+        return result
+
+
+class Layered(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.o = name, nn.Conv2d(8, 2, 1)
+        layer = nn.Conv2d(3, 8, 1)
+        self.add_module(name, layer)
+        half_dead(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.o(getattr(self, self.name)(x).relu())
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_no_method(name: str) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    for net in (Normalised(name, trained=True), Normalised(name, trained=False), Layered(name)):
+        result = demp_fx.compile(net, x)
+        assert result.module.get_submodule("o").weight.shape == (2, 4, 1, 1)
