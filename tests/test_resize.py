@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -100,3 +101,43 @@ def test_a_batch_within_the_channels_stays_free(images: int) -> None:
     for batch in (1, 3):
         x = torch.randn(batch, 3, 5, 5).double()
         assert torch.allclose(result.module(x), model(x), atol=1e-12)
+
+
+COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda x, f: x / (f.shape[1] * f.shape[2] * f.shape[3]),
+    "product_with_the_batch": lambda x, f: x / (f.size(0) * f.size(1) * f.size(2)),
+    "whole_shape": lambda x, f: x / math.prod(f.shape[1:]),
+    "numel": lambda x, f: x / f.numel(),
+    "numel_of_one": lambda x, f: x / f[0].numel(),
+    "twice": lambda x, f: x / (f.shape[1] * f.shape[2]) + 1 / (f.shape[1] * f.shape[2]),
+    "root": lambda x, f: x / math.sqrt(f.shape[1] * f.shape[3]),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_numbers_keep_the_old_width_and_follow_the_image(name: str) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.make, self.read = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.make.weight[[1, 4, 6]] = 0
+                self.make.bias[[1, 4, 6]] = 0
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.make(x).relu()
+            return self.read(COUNTED[name](made.flatten(2).sum(2), made))
+
+    model = Counts()
+    result = demp_fx.compile(model, torch.randn(2, 3, 4, 4).double())
+    assert result.module.get_parameter("make.weight").shape[0] == 5
+    replayed = demp_fx.passes.narrow(
+        demp_fx.trace(model, torch.randn(2, 3, 4, 4).double()),
+        type(result.plan).from_json(result.plan.to_json()),
+    )
+    for images, side in ((2, 4), (3, 6)):
+        x = torch.randn(images, 3, side, side).double()
+        assert torch.allclose(result.module(x), model(x), atol=1e-12)
+        assert torch.allclose(replayed(x), model(x), atol=1e-12)

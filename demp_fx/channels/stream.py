@@ -58,6 +58,7 @@ class Stream(TorchDispatchMode):
         self.computed: dict[int, str] = {}  # by storage: who made the weights of the running node
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
+        self.sized = False  # whether the node that runs is given a number computed of input sizes
         self.masked = False  # whether the node that runs may mask all of a row
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,

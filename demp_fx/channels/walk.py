@@ -184,6 +184,9 @@ class Walk(Places):
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
+        self.sized = any(
+            n in self.given and isinstance(self.env[n], (int, float)) for n in node.all_input_nodes
+        )
         self.counted = takes_average(node, self.layers)
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):

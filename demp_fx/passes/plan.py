@@ -123,6 +123,19 @@ class Literal(_Data):
     target: str | None = None
 
 
+class Frozen(_Data):
+    """A number that a node is given, computed of sizes of which some are no longer what they were,
+    while others depend on the input (`x / (c * h * w)`): it is computed of the old ones instead.
+
+    `path`: where it stands. `sizes`: for each node that asks for sizes, by dim, the old and the new
+    one, None where it stays.
+    """
+
+    node: str
+    path: list[int | str]
+    sizes: dict[str, list[tuple[int, int] | None]]
+
+
 class PruningPlan(_Data):
     """What stays of a model.
 
@@ -138,6 +151,7 @@ class PruningPlan(_Data):
     grouped: dict[str, list[list[int]]] = {}
     nodes: dict[str, dict[int, int]] = {}
     literals: list[Literal] = []
+    frozen: list[Frozen] = []
     gathers: list[Gather] = []
     sums: list[Sum] = []
     regroups: list[Regroup] = []

@@ -23,6 +23,7 @@ from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
 from demp_fx.passes.plan import (
     Folding,
+    Frozen,
     Gather,
     Literal,
     PruningPlan,
@@ -75,7 +76,9 @@ class _Planner:
         if self.misfits:
             raise MisfitError(*self.misfits)
         plan.counts = counts(self.walk.graph, sizes)
-        plan.literals = written + frozen_scalars(self.walk.graph, sizes)
+        numbers = frozen_scalars(self.walk.graph, sizes)
+        plan.literals = written + [n for n in numbers if isinstance(n, Literal)]
+        plan.frozen = [n for n in numbers if isinstance(n, Frozen)]
         self._edges(plan)
         folds = foldable(self.walk.system)
         for read in self.walk.system.reads:

@@ -8,8 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from demp_fx.calls import called
 from demp_fx.passes.count import recount
-from demp_fx.passes.plan import Gather, Literal, PruningPlan, Regroup, Selection, Spread, Sum
+from demp_fx.passes.frozen import COUNTS, restored
+from demp_fx.passes.plan import (
+    Frozen,
+    Gather,
+    Literal,
+    PruningPlan,
+    Regroup,
+    Selection,
+    Spread,
+    Sum,
+)
+from demp_fx.passes.resize import ASKS
 
 
 def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Graph:
@@ -24,6 +36,8 @@ def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Grap
     given: dict[tuple[str, str], fx.Node] = {}  # what gathers have left, by producer and consumer
     for literal in plan.literals:
         _set(named[literal.node], literal)
+    for frozen in plan.frozen:
+        _freeze(new, frozen, named)
     for selection in plan.selections:
         _select(new, selection, named, constants)
     for gather in plan.gathers:
@@ -70,13 +84,45 @@ class Constants:
         return graph.get_attr(name)
 
 
+def _freeze(graph: fx.Graph, frozen: Frozen, named: dict[str, fx.Node]) -> None:
+    """Compute a number of the sizes that its tensors had."""
+    node = named[frozen.node]
+    where, key = frozen.path
+    argument: Any = (node.args if where == "args" else node.kwargs)[key]  # type: ignore[index]
+    sizes = {named[name].name: changes for name, changes in frozen.sizes.items()}
+    made: list[fx.Node] = []
+
+    def make(*call: Any) -> fx.Node:
+        made.append(graph.create_node(*call))
+        return made[-1]
+
+    with graph.inserting_before(node):
+        _put(node, frozen.path, restored(argument, sizes, make, lambda n: n))
+    for left in (*reversed(made), argument):
+        _erase(graph, left)
+
+
+def _erase(graph: fx.Graph, number: fx.Node) -> None:
+    """Erase a number that nobody uses any more, and those that it was computed of."""
+    if number._erased or number.users or called(number) in ASKS | COUNTS:
+        return
+    inputs = number.all_input_nodes
+    graph.erase_node(number)
+    for n in inputs:
+        _erase(graph, n)
+
+
 def _set(node: fx.Node, literal: Literal) -> None:
     value: Any = literal.value
     if literal.slice:
         value = slice(*literal.value)  # type: ignore[misc]
     if literal.target is not None:
         node.target = literal.target if node.op == "call_method" else getattr(torch, literal.target)
-    where, *path = literal.path
+    _put(node, literal.path, value)
+
+
+def _put(node: fx.Node, place: list[int | str], value: Any) -> None:
+    where, *path = place
     if where == "args":
         node.args = _replaced(node.args, path, value)
     else:

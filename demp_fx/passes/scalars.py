@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
 from demp_fx.calls import called
-from demp_fx.passes.plan import Literal
+from demp_fx.passes.frozen import COUNTS, restored
+from demp_fx.passes.plan import Frozen, Literal
 from demp_fx.passes.resize import ASKS, SIZED, Sizes
 
 
@@ -16,7 +18,7 @@ def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
     """Nodes that hold a size that gets smaller, or a number or list computed from one."""
     changed: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if called(node) in ASKS and sizes.masks(node.args[0]):
+        if called(node) in ASKS | COUNTS and sizes.masks(node.args[0]):
             found = _asks(node, sizes)
         elif not changed or not any(n in changed for n in node.all_input_nodes):
             continue
@@ -30,21 +32,23 @@ def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
     return changed
 
 
-def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal]:
-    """Old values for every number computed from a size that gets smaller, where it is used by a
-    tensor op and not as a size."""
-    found: list[Literal] = []
+def frozen_scalars(graph: fx.GraphModule, sizes: Sizes) -> list[Literal | Frozen]:
+    """Every number computed from a size that gets smaller, where it is used by a tensor op and not
+    as a size: its old value, or how it is to be computed where other sizes are in it."""
+    found: list[Literal | Frozen] = []
     for node in graph.graph.nodes if sizes.changed else ():
         tainted = [n for n in node.all_input_nodes if n in sizes.changed]
         asks = called(node) in ASKS or node.target is operator.getitem
         if tainted and isinstance(sizes.env.get(node), Tensor) and called(node) not in SIZED:
-            found += [] if asks else _literals(node, tainted, sizes)
+            found += [] if asks else _numbers(node, tainted, sizes)
     return found
 
 
 def _asks(node: fx.Node, sizes: Sizes) -> bool:
     """Whether `x.shape`, `x.size()` or `x.size(d)` includes a size that changes."""
     source: Any = node.args[0]
+    if called(node) in COUNTS:
+        return True
     if node.target is not getattr and (len(node.args) > 1 or "dim" in node.kwargs):
         dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
         return dim % sizes.env[source].dim() in sizes.masks(source)
@@ -76,12 +80,33 @@ def _dims(node: fx.Node, sizes: Sizes) -> tuple[fx.Node, list[int]] | None:
     return None
 
 
-def _literals(node: fx.Node, tainted: list[fx.Node], sizes: Sizes) -> list[Literal]:
-    found = []
+def _numbers(node: fx.Node, tainted: list[fx.Node], sizes: Sizes) -> Iterator[Literal | Frozen]:
     for where, arguments in (("args", enumerate(node.args)), ("kwargs", node.kwargs.items())):
         for key, argument in arguments:
-            if isinstance(argument, fx.Node) and argument in tainted:
-                value = sizes.env[argument]
-                if isinstance(value, (int, float)):
-                    found.append(Literal(node=node.name, path=[where, key], value=value))
+            if not (isinstance(argument, fx.Node) and argument in tainted):
+                continue
+            if not isinstance(sizes.env[argument], (int, float)):
+                continue
+            changes = _changes(argument, sizes)
+            found = restored(argument, changes, lambda *_: node, lambda n: n)
+            if isinstance(found, fx.Node):
+                yield Frozen(node=node.name, path=[where, key], sizes=changes)
+            else:
+                yield Literal(node=node.name, path=[where, key], value=found)
+
+
+def _changes(node: fx.Node, sizes: Sizes) -> dict[str, list[tuple[int, int] | None]]:
+    """The nodes that ask for sizes that change, on the way to a number."""
+    found: dict[str, list[tuple[int, int] | None]] = {}
+    waiting = [node]
+    for n in waiting:
+        if n in sizes.changed and called(n) in ASKS | COUNTS and _asks(n, sizes):
+            source: Any = n.args[0]
+            new = sizes.new(source)
+            found[n.name] = [
+                (size, new[d]) if d in new else None
+                for d, size in enumerate(sizes.env[source].shape)
+            ]
+        elif n in sizes.changed:
+            waiting += [i for i in n.all_input_nodes if i not in waiting]
     return found

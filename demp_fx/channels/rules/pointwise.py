@@ -124,6 +124,8 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     facts = same_place(facts)
     known = functools.reduce(torch.logical_and, [f.flat for f in facts])
     values = _run(call, [f.values for f in facts])
+    if walk.sized:  # what depends on a size of the example is no constant
+        known &= (values == _run(call, [f.values for f in facts], moved=0.5)).all(0)
     if call.op._schema.name in PRODUCTS:
         zero = functools.reduce(torch.logical_or, [f.zero for f in facts])
         known, values = known | zero, torch.where(zero, 0.0, values)
@@ -151,14 +153,17 @@ def _annihilated(facts: list[Facts], out: Tensor) -> Facts | None:
     return None if result is None else result.aligned(out.dim())
 
 
-def _run(call: Call, values: list[Tensor]) -> Tensor:
-    """The op on real numbers in the places of its tensor operands, in both modes."""
+def _run(call: Call, values: list[Tensor], moved: float = 0.0) -> Tensor:
+    """The op on real numbers in the places of its tensor operands, in both modes; `moved`: how far
+    from what they are all other numbers are taken to be."""
     feed = iter(values)
 
     def swap(a: Any) -> Any:
         if isinstance(a, (list, tuple)):
             return [swap(x) for x in a]
-        return next(feed).clone() if isinstance(a, Tensor) else a
+        if isinstance(a, Tensor):
+            return next(feed).clone()
+        return a + moved if moved and type(a) in (int, float) else a
 
     args = [swap(a) for a in call.args]
     kwargs = {k: swap(a) for k, a in call.kwargs.items() if k not in ("device", "dtype")}
