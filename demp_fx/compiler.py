@@ -105,8 +105,14 @@ def compile(
             train = samples == 0 or optimizer is not None or model.training
             report.verification = verify_pass(
                 model, module, probe, observed=samples > 0, train=train,
-                folded=bool(plan.folds) or any(s.shift for s in plan.sums),
+                folded=bool(plan.folds) or any(s.shift for s in plan.sums), traced=graph,
             )  # fmt: skip
+        if report.verification.fixed:
+            decided = [a for a in report.assumptions if a.endswith("inputs' sizes")]
+            report.warnings.append(
+                "holds for inputs of the example's sizes only, which the trace took as given"
+                + "".join(f"; {line}" for line in decided)
+            )
         if train and report.verification.train_error is None and followed_mode(module):
             lines = "; ".join(followed_mode(module))
             report.warnings.append(f"not compared in both modes: the original's code asks: {lines}")

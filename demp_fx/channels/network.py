@@ -9,8 +9,8 @@ from demp_fx.calls import called
 from demp_fx.channels.dependencies import DependencyGraph
 from demp_fx.channels.groups import Node
 from demp_fx.channels.places import SUMS
-from demp_fx.channels.value import tensors_of
 from demp_fx.channels.walk import Walk
+from demp_fx.trees import tensors_of
 
 CATS = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels
 from demp_fx.channels.system import Site
+from demp_fx.trees import tensors_of
 
 
 @dataclass(slots=True)
@@ -79,13 +79,6 @@ class Call:
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in what an op or a node has given."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 @functools.cache

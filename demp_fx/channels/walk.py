@@ -31,11 +31,12 @@ from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, witho
 from demp_fx.channels.places import SIZES, Places
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
-from demp_fx.channels.value import Call, tensors_of
+from demp_fx.channels.value import Call
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
+from demp_fx.trees import tensors_of
 
 
 class RefusalError(UsageError):
@@ -269,10 +270,9 @@ class Walk(Places):
         self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
 
     def _pin(self, tree: Any, reason: str) -> None:
-        for leaf in pytree.tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                for label in self.value(leaf).labels:
-                    self.system.pin(label, reason, self.site)
+        for tensor in tensors_of(tree):
+            for label in self.value(tensor).labels:
+                self.system.pin(label, reason, self.site)
 
     def _pin_cropped(self, node: fx.Node) -> None:
         """What the example reads of a table that is cropped at a size is not all that is read."""

@@ -18,7 +18,6 @@ from demp_fx.channels.labels import varying
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Edge, Read
-from demp_fx.channels.value import tensors_of
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
 from demp_fx.passes.plan import (
@@ -34,6 +33,7 @@ from demp_fx.passes.plan import (
 )
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
+from demp_fx.trees import tensors_of
 
 CATS = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}
 

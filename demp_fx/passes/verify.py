@@ -5,20 +5,22 @@ Where a kernel of the original knows no float64, both run in the dtype that they
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.doubled import InFloat64
 from demp_fx.passes.still import Still
 from demp_fx.report.model import Verification
+from demp_fx.tracing.preserve import CONSTANT
+from demp_fx.trees import tensors_of
 
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
 FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
@@ -30,49 +32,56 @@ Precision = Literal["ops", "whole", "own"]
 def verify(
     original: nn.Module, narrow: nn.Module, example_inputs: ExampleInputs, *,
     observed: bool = False, train: bool = True, folded: bool = False,
+    traced: nn.Module | None = None,
 ) -> Verification:  # fmt: skip
     """Compare two modules on `example_inputs` (or a calibration batch).
 
-    Unless something was only `observed` on data, fresh inputs of another batch size are tried too.
+    Unless something was only `observed` on data, fresh inputs of another batch size are tried too;
+    where the `traced` original does not follow the original there, the example inputs alone count.
     `folded`: parameters were computed anew, and are rounded to their dtype. Raises
     `VerificationError` where the two differ by more than the tolerance. Neither is changed.
     """
     coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
                   if p.is_floating_point()), default=0.0)  # fmt: skip
-    tolerance = max(TOLERANCE, FOLDED * coarse if folded else 0.0)
+    rounded = folded or any(CONSTANT in name for name, _ in narrow.named_buffers())
+    tolerance = max(TOLERANCE, FOLDED * coarse if rounded else 0.0)
     inputs = Inputs.of(example_inputs)
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
     errors: dict[bool, float | None] = {}
-    batch = 0
+    batch, fixed = 0, False
+    refusal: Exception | None = None
     for training in (False, True) if train else (False,):
         errors[training] = None
         for trial in trials:
             expected, precision = _expected(original, trial, training)
-            if expected is None:
+            if isinstance(expected, Exception):
+                refusal = expected
                 continue  # a batch size, or a mode, that the original itself does not take
             if precision == "own":
                 tolerance = max(tolerance, ROUGH * coarse)
-            try:
-                found = run(narrow, trial, training, precision)
-            except Exception as failure:
-                sizes = [tuple(t.shape) for t in trial.tensors]
-                raise VerificationError(
-                    f"the narrow module does not take inputs of shape {sizes}, which the original "
-                    f"takes: {failure}; nothing was handed over"
-                ) from failure
-            error = _difference(expected, found)
-            if error > tolerance and training != narrow.training and followed_mode(narrow):
-                break  # in this mode the original goes another way, which the trace has noted
+            error, failure = _error(narrow, trial, training, precision, expected)
+            if not error <= tolerance:
+                if trial is not inputs and traced is not None:
+                    followed, _ = _error(traced, trial, training, precision, expected)
+                    if not followed <= tolerance:
+                        fixed = True
+                        continue
+                if training != narrow.training and followed_mode(narrow):
+                    break  # in this mode the original goes another way, which the trace has noted
+                if failure is not None:
+                    sizes = [tuple(t.shape) for t in trial.tensors]
+                    raise VerificationError(
+                        f"the narrow module does not take inputs of shape {sizes}, which the "
+                        f"original takes: {failure}; nothing was handed over"
+                    ) from failure
             errors[training] = error
             batch = max(batch, trial.tensors[0].shape[0] if trial.tensors[0].dim() else 1)
             break
-    result = Verification(
-        eval_error=math.nan if errors[False] is None else errors[False],
-        train_error=errors.get(True), tolerance=tolerance, batch=batch,
-    )  # fmt: skip
     compared = {mode: error for mode, error in errors.items() if error is not None}
     if not compared:
-        raise VerificationError("the original runs on none of these inputs: nothing was compared")
+        raise VerificationError(
+            f"the original runs on none of these inputs, and nothing was compared: {refusal}"
+        ) from refusal
     for training, error in compared.items():
         if not error <= tolerance:
             raise VerificationError(
@@ -80,7 +89,21 @@ def verify(
                 f"mode by {error:.1e} (relative, float64; tolerance {tolerance:.0e}); nothing was "
                 "handed over"
             )
-    return result
+    return Verification(
+        eval_error=math.nan if errors[False] is None else errors[False],
+        train_error=errors.get(True), tolerance=tolerance, batch=batch, fixed=fixed,
+    )  # fmt: skip
+
+
+def _error(
+    module: nn.Module, trial: Inputs, training: bool, precision: Precision, expected: Any
+) -> tuple[float, Exception | None]:
+    """How far a module's output is from the expected one, and why it has none at all."""
+    try:
+        with redirect_stderr(io.StringIO()):  # torch.fx prints what goes wrong in a graph
+            return _difference(expected, run(module, trial, training, precision)), None
+    except Exception as failure:
+        return math.inf, failure
 
 
 def followed_mode(narrow: nn.Module) -> list[str]:
@@ -91,7 +114,7 @@ def followed_mode(narrow: nn.Module) -> list[str]:
 
 def _difference(expected: Any, found: Any) -> float:
     """As `difference`; infinite where there are other tensors."""
-    same = len(_tensors(expected)) == len(_tensors(found))
+    same = len(tensors_of(expected)) == len(tensors_of(found))
     return difference(expected, found) if same else math.inf
 
 
@@ -112,15 +135,24 @@ def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
 
 
 def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any, Precision]:
-    """The original's output (None if it refuses these inputs), and how it was computed. It may look
+    """The original's output (or why it refuses these inputs), and how it was computed. It may look
     at the dtype of its weights, or write into them: then all of them are copied at once."""
     ways: tuple[Precision, ...] = ("ops", "whole", "own")
+    refusal: Exception | None = None
     for precision in ways:
         try:
-            return run(original, inputs, training, precision), precision
-        except (RuntimeError, ValueError):
+            expected = run(original, inputs, training, precision)
+        except Exception as error:
+            refusal = error
             continue
-    return None, "own"
+        if not tensors_of(expected):
+            kind = type(expected).__name__
+            raise VerificationError(
+                f"nobody can compare the original's output: no tensors are seen in a {kind}; "
+                "return tensors, or lists, dicts or dataclasses of them"
+            )
+        return expected, precision
+    return refusal, "own"
 
 
 def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision = "ops") -> Any:
@@ -149,7 +181,7 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
 def difference(expected: Any, found: Any) -> float:
     """The largest difference between two outputs, relative to the largest number expected."""
     worst = 0.0
-    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+    for a, b in zip(tensors_of(expected), tensors_of(found), strict=True):
         if a.numel() == 0:
             continue
         if a.shape != b.shape:
@@ -161,11 +193,6 @@ def difference(expected: Any, found: Any) -> float:
             return math.nan
         worst = max(worst, error)
     return worst
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors in an output; a graph may leave out what is none, such as a cache."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 @contextmanager
@@ -184,7 +211,7 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
         for table in tables:
             for key, tensor in table.items():
                 # a constant of the code is one of the original as well, and is not converted there
-                constant = key.startswith("_tensor_constant")
+                constant = key.startswith(CONSTANT)
                 if tensor is not None and id(tensor) not in whole and not constant:
                     to = dtype if tensor.is_floating_point() else None
                     table[key] = tensor.detach().to(to, copy=True)

@@ -34,12 +34,16 @@ class Pinned(_Data):
 
 
 class Verification(_Data):
-    """Largest relative difference from the original, by mode (in float64, if its ops know that)."""
+    """Largest relative difference from the original, by mode (in float64, if its ops know that).
+
+    `fixed`: the code takes the sizes of the example inputs as given, and no others were compared.
+    """
 
     eval_error: float
     train_error: float | None = Field(description="None where train mode was not comparable")
     tolerance: float
     batch: int
+    fixed: bool = False
 
 
 class CompileReport(_Data):

@@ -1,0 +1,102 @@
+"""Networks that take one batch size, or that code ties to one, and outputs of all kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+
+
+class Net(nn.Module):
+    """Linear - ReLU - linear, with half of its hidden channels dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.i, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+        with torch.no_grad():
+            self.i.weight[::2] = self.i.bias[::2] = 0
+
+    def both(self, x: Tensor) -> Tensor:
+        result: Tensor = self.o(self.i(x).relu())
+        return result
+
+
+class Masked(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x)[self.mask]
+
+
+class Asserting(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == 4, "four nodes"
+        return self.both(x)
+
+
+@pytest.mark.parametrize("kind", [Masked, Asserting])
+def test_an_original_of_one_batch_size_is_compared_at_it(kind: type[Net]) -> None:
+    net, x = kind(), torch.randn(4, 6)
+    result = demp_fx.compile(net, x)
+    assert result.module.get_submodule("i").weight.shape == (4, 6)
+    torch.testing.assert_close(result.module(x), net(x))
+
+
+class Looping(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.both(row) for row in x])
+
+
+def test_a_loop_over_the_batch_holds_for_its_size_and_says_so(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    result = demp_fx.compile(Looping(), torch.randn(4, 6))
+    proof = result.report.verification
+    assert proof is not None
+    assert proof.fixed
+    assert proof.batch == 4
+    (warning,) = (w for w in result.report.warnings if "example's sizes only" in w)
+    assert "test_fixed_sizes.py" in warning
+    assert capfd.readouterr().err == ""
+
+
+@dataclass
+class Out:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class Structured(Net):
+    def forward(self, x: Tensor) -> Out:
+        return Out(logits=self.both(x))
+
+
+def test_a_dataclass_is_an_output() -> None:
+    net, x = Structured(), torch.randn(4, 6)
+    narrow = demp_fx.compile(net, x).module
+    assert narrow.get_submodule("i").weight.shape == (4, 6)
+    torch.testing.assert_close(narrow(x).logits, net(x).logits)
+
+
+class Box:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+@torch.fx.wrap
+def boxed(value: Tensor) -> Box:
+    return Box(value)
+
+
+class Hiding(Net):
+    def forward(self, x: Tensor) -> Box:
+        return boxed(self.both(x))
+
+
+def test_an_output_that_hides_its_tensors_is_refused() -> None:
+    with pytest.raises(demp_fx.errors.VerificationError, match="no tensors are seen in a Box"):
+        demp_fx.compile(Hiding(), torch.randn(4, 6))
