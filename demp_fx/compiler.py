@@ -107,11 +107,16 @@ def compile(
                 model, module, probe, observed=samples > 0, train=train,
                 folded=bool(plan.folds) or any(s.shift for s in plan.sums), traced=graph,
             )  # fmt: skip
+        decided = [f"; {a}" for a in report.assumptions if a.endswith("inputs' sizes")]
         if report.verification.fixed:
-            decided = [a for a in report.assumptions if a.endswith("inputs' sizes")]
             report.warnings.append(
                 "holds for inputs of the example's sizes only, which the trace took as given"
-                + "".join(f"; {line}" for line in decided)
+                + "".join(decided)
+            )
+        elif report.verification.sized:
+            report.warnings.append(
+                "images of other sizes may go another way through the original's code, which was "
+                "not followed" + "".join(decided)
             )
         if train and report.verification.train_error is None and followed_mode(module):
             lines = "; ".join(followed_mode(module))

@@ -100,3 +100,30 @@ class Hiding(Net):
 def test_an_output_that_hides_its_tensors_is_refused() -> None:
     with pytest.raises(demp_fx.errors.VerificationError, match="no tensors are seen in a Box"):
         demp_fx.compile(Hiding(), torch.randn(4, 6))
+
+
+class Deciding(nn.Module):
+    """Small images are not pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        with torch.no_grad():
+            self.i.weight[::2] = 0
+            self.i.bias[::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.i(x).relu()
+        if made.shape[-1] > 9:
+            made = made[..., ::2, ::2]
+        result: Tensor = self.o(made).mean((2, 3))
+        return result
+
+
+def test_code_that_decides_by_the_size_of_an_image_is_noticed() -> None:
+    result = demp_fx.compile(Deciding(), torch.randn(2, 3, 8, 8))
+    proof = result.report.verification
+    assert proof is not None
+    assert proof.sized
+    (warning,) = (w for w in result.report.warnings if "images of other sizes" in w)
+    assert "if made.shape[-1] > 9" in warning

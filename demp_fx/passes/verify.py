@@ -18,6 +18,7 @@ from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.doubled import InFloat64
 from demp_fx.passes.still import Still
+from demp_fx.passes.trials import fresh, resized
 from demp_fx.report.model import Verification
 from demp_fx.tracing.preserve import CONSTANT
 from demp_fx.trees import tensors_of
@@ -48,6 +49,7 @@ def verify(
     inputs = Inputs.of(example_inputs)
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
     errors: dict[bool, float | None] = {}
+    ways: dict[bool, Precision] = {}
     batch, fixed = 0, False
     refusal: Exception | None = None
     for training in (False, True) if train else (False,):
@@ -74,7 +76,7 @@ def verify(
                         f"the narrow module does not take inputs of shape {sizes}, which the "
                         f"original takes: {failure}; nothing was handed over"
                     ) from failure
-            errors[training] = error
+            errors[training], ways[training] = error, precision
             batch = max(batch, trial.tensors[0].shape[0] if trial.tensors[0].dim() else 1)
             break
     compared = {mode: error for mode, error in errors.items() if error is not None}
@@ -89,10 +91,38 @@ def verify(
                 f"mode by {error:.1e} (relative, float64; tolerance {tolerance:.0e}); nothing was "
                 "handed over"
             )
+    sized = False in ways and not (observed or fixed) and _goes_another_way(
+        original, narrow, traced, resized(inputs), ways[False], tolerance
+    )  # fmt: skip
     return Verification(
         eval_error=math.nan if errors[False] is None else errors[False],
-        train_error=errors.get(True), tolerance=tolerance, batch=batch, fixed=fixed,
+        train_error=errors.get(True), tolerance=tolerance, batch=batch, fixed=fixed, sized=sized,
     )  # fmt: skip
+
+
+def _goes_another_way(
+    original: nn.Module, narrow: nn.Module, traced: nn.Module | None, trial: Inputs | None,
+    precision: Precision, tolerance: float,
+) -> bool:  # fmt: skip
+    """Whether the original's code decides by the size of an image, so that neither the traced nor
+    the narrow module follow it on a `trial` of another size. Raises `VerificationError` where the
+    narrow one alone does not."""
+    if trial is None:
+        return False
+    try:
+        expected = run(original, trial, False, precision)
+    except Exception:  # it takes one size only
+        return False
+    error, failure = _error(narrow, trial, False, precision, expected)
+    if error <= tolerance:
+        return False
+    if traced is not None and not _error(traced, trial, False, precision, expected)[0] <= tolerance:
+        return True
+    sizes = [tuple(t.shape) for t in trial.tensors]
+    raise VerificationError(
+        f"on inputs of shape {sizes} the narrow module differs from the original by {error:.1e} "
+        f"({failure or 'relative, float64'}); nothing was handed over"
+    )
 
 
 def _error(
@@ -110,6 +140,27 @@ def followed_mode(narrow: nn.Module) -> list[str]:
     """The lines of the original's code that ask for the mode, and were traced in one of them."""
     notes = getattr(narrow, "meta", {}).get("demp_fx")
     return [line for line in notes.baked if line.endswith(" mode")] if notes else []
+
+
+def resized(inputs: Inputs) -> Inputs | None:
+    """Random images (and volumes) of another size than the example's; None where it has none."""
+    if not any(t.dim() > 3 and t.is_floating_point() for t in inputs.tensors):
+        return None
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(t: Tensor) -> Tensor:
+        if t.dim() < 4 or not t.is_floating_point():
+            return t
+        sides = [n // 2 if n >= SMALL else n + n // 2 for n in t.shape[2:]]
+        return torch.randn(*t.shape[:2], *sides, generator=generator, dtype=torch.float64).to(t)
+
+    return inputs.map(draw)
+
+
+def _difference(expected: Any, found: Any) -> float:
+    """As `difference`; infinite where there are other tensors."""
+    same = len(tensors_of(expected)) == len(tensors_of(found))
+    return difference(expected, found) if same else math.inf
 
 
 def _difference(expected: Any, found: Any) -> float:

@@ -36,7 +36,8 @@ class Pinned(_Data):
 class Verification(_Data):
     """Largest relative difference from the original, by mode (in float64, if its ops know that).
 
-    `fixed`: the code takes the sizes of the example inputs as given, and no others were compared.
+    `fixed`: the code takes the batch size of the example as given, and no other was compared.
+    `sized`: images of another size go another way than those of the example.
     """
 
     eval_error: float
@@ -44,6 +45,7 @@ class Verification(_Data):
     tolerance: float
     batch: int
     fixed: bool = False
+    sized: bool = False
 
 
 class CompileReport(_Data):
