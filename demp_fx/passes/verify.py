@@ -142,21 +142,6 @@ def followed_mode(narrow: nn.Module) -> list[str]:
     return [line for line in notes.baked if line.endswith(" mode")] if notes else []
 
 
-def resized(inputs: Inputs) -> Inputs | None:
-    """Random images (and volumes) of another size than the example's; None where it has none."""
-    if not any(t.dim() > 3 and t.is_floating_point() for t in inputs.tensors):
-        return None
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(t: Tensor) -> Tensor:
-        if t.dim() < 4 or not t.is_floating_point():
-            return t
-        sides = [n // 2 if n >= SMALL else n + n // 2 for n in t.shape[2:]]
-        return torch.randn(*t.shape[:2], *sides, generator=generator, dtype=torch.float64).to(t)
-
-    return inputs.map(draw)
-
-
 def _difference(expected: Any, found: Any) -> float:
     """As `difference`; infinite where there are other tensors."""
     same = len(tensors_of(expected)) == len(tensors_of(found))
@@ -167,22 +152,6 @@ def _difference(expected: Any, found: Any) -> float:
     """As `difference`; infinite where there are other tensors."""
     same = len(tensors_of(expected)) == len(tensors_of(found))
     return difference(expected, found) if same else math.inf
-
-
-def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
-    """Random inputs of the shapes of `inputs`, with `extra` more samples; integers are reused."""
-    tensors = inputs.tensors
-    batched = all(t.dim() for t in tensors) and len({t.shape[0] for t in tensors}) == 1
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(t: Tensor) -> Tensor:
-        size = t.shape[0] + extra if batched else t.shape[0] if t.dim() else 1
-        if t.is_floating_point():
-            shape = (size, *t.shape[1:]) if t.dim() else ()
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(t)
-        return t[torch.arange(size, device=t.device) % t.shape[0]] if t.dim() else t
-
-    return inputs.map(draw)
 
 
 def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any, Precision]:
