@@ -148,12 +148,6 @@ def _difference(expected: Any, found: Any) -> float:
     return difference(expected, found) if same else math.inf
 
 
-def _difference(expected: Any, found: Any) -> float:
-    """As `difference`; infinite where there are other tensors."""
-    same = len(tensors_of(expected)) == len(tensors_of(found))
-    return difference(expected, found) if same else math.inf
-
-
 def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any, Precision]:
     """The original's output (or why it refuses these inputs), and how it was computed. It may look
     at the dtype of its weights, or write into them: then all of them are copied at once."""
