@@ -613,3 +613,14 @@ def test_of_a_recurrent_layer_the_input_gets_narrower(kind: type[nn.RNNBase]) ->
     torch.testing.assert_close(result.module(longer), net(longer), rtol=1e-12, atol=1e-12)
     result.module(x).sum().backward()
     assert all(p.grad is not None for p in rnn.parameters())
+
+
+def test_a_parametrized_layer_is_not_touched_by_looking_at_it() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3)
+    )
+    before = copy.deepcopy(net.state_dict())  # in train mode, each use of the weight moves it
+    demp_fx.compile(net, torch.randn(4, 6))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -71,7 +71,9 @@ def _parameters(modules: Mapping[str, nn.Module]) -> int:
 def _widths(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> list[Width]:
     widths = []
     for name, layer in old.items():
-        weight, narrow = getattr(layer, "weight", None), getattr(new.get(name), "weight", None)
+        twin = new.get(name)
+        weight = layer._parameters.get("weight")
+        narrow = twin._parameters.get("weight") if twin is not None else None
         if not isinstance(weight, nn.Parameter) or weight.dim() < 2:
             continue
         if isinstance(narrow, nn.Parameter):

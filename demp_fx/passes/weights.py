@@ -99,9 +99,11 @@ class Weights:
         new = self.modules.get(id(old))
         if new is None:
             new = self.modules[id(old)] = self.fill(shallow(old), old)
+            if "parametrizations" in old._modules:
+                return new  # it stays as wide as it is; to ask for its weight would compute it
             groups = None
             if self.grouped:
-                groups = self.grouped.get(self.names.get(id(getattr(old, "weight", None)), ""))
+                groups = self.grouped.get(self.names.get(id(old._parameters.get("weight")), ""))
             count = None if groups is None else len(groups)
             for key, value in sizes(new, count, self.channels.get(id(old))):
                 if getattr(new, key) != value:
