@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
+from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.functions import ATEN, as_nodes, aten_as_nodes, batch_norms_in_parts
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
@@ -51,7 +51,7 @@ class Tracer(fx.Tracer):
 
     Attributes:
         opaque, baked: see `TraceNotes`.
-        chosen: the modules in `opaque` that were not even tried.
+        chosen: the modules in `opaque` that are meant to be left whole.
         by_mode: the entries of `baked` that are decisions on train or eval mode.
         forks: the modules that were left whole for this.
     """
@@ -129,8 +129,9 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         expression = self._expression(m)
-        leaf = self.is_leaf_module(m, name)
-        reason = _left_whole(m, leaf or expression is not None)
+        computing = name not in self.opaque and computes_weight(m)
+        leaf = self.is_leaf_module(m, name) and not computing
+        reason = None if computing else _left_whole(m, leaf or expression is not None)
         if reason:
             self.chosen.add(name)
             self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
@@ -142,11 +143,17 @@ class Tracer(fx.Tracer):
         try:
             body = functools.partial(expression, m) if expression else forward
             result = self._within(m, name, functools.partial(body, *args, **kwargs))
-            if not self.forking or self.mode_decisions == decisions or _has_state(m):
+            forks = self.mode_decisions != decisions
+            if not (forks and (computing or (self.forking and not _has_state(m)))):
                 return result
             self._roll_back(mark)
             self.baked, self.by_mode = baked, by_mode
-            self.forks.add(name)
+            if computing:
+                self.chosen.add(name)
+                where = user_line(sys._getframe())
+                self.opaque[name] = f"its weight is computed in another way in each mode at {where}"
+            else:
+                self.forks.add(name)
             return self._within(m, name, whole)
         except Exception as error:
             self._roll_back(mark)
@@ -318,6 +325,4 @@ def _left_whole(module: nn.Module, replaced: bool) -> str | None:
     """Why `module` must not be looked into; `replaced`: its forward would not be run as it is."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript module"
-    if "parametrizations" in module._modules and is_parametrized(module):
-        return "parametrized module"
     return "forward hooks" if replaced and _hooked(module) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, varying
+from demp_fx.channels.rules.couple import couple
 from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Read
@@ -121,6 +123,29 @@ def _blank(walk: Stream, x: Tensor, dims: tuple[int, ...]) -> Facts | None:
     return Facts.of(zero, torch.zeros(2, *zero.shape, dtype=torch.float64))
 
 
+def weight_norm(walk: Stream, call: Call) -> None:
+    """A weight of length one along each index of a dim, times a scale of that index."""
+    g, dim = call.args[1], call.arg("dim")
+    _by_index(dim)(walk, call)
+    weight, norms = call.outputs
+    for scale in walk.value(g).labels:
+        for label in walk.value(weight).labels:
+            if varying(label) == varying(scale) == (dim,):
+                walk.system.same(label, scale, call.site)
+    facts = walk.value(g).facts if walk.with_facts else None
+    zero = None if facts is None else Facts.of(facts.zero, torch.zeros_like(facts.values))
+    walk.give(weight, walk.value(weight).labels, zero)
+    walk.give(norms, ())
+
+
+@functools.cache
+def _by_index(dim: int) -> Rule:
+    def others(call: Call, rank: int) -> list[int]:
+        return [d for d in range(rank) if d != dim]
+
+    return couple(others, "weight norm", None)
+
+
 def group_norm(walk: Stream, call: Call) -> None:
     """Groups of channels: a group needs all of its own, and stays or goes as a whole."""
     x, out, parameters = call.args[0], call.outputs[0], call.args[1:3]
@@ -207,4 +232,5 @@ RULES: dict[str, Rule] = {
     "aten::cudnn_batch_norm": batch_norm,
     "aten::native_layer_norm": layer_norm,
     "aten::native_group_norm": group_norm,
+    "aten::_weight_norm_interface": weight_norm,
 }

@@ -1,0 +1,101 @@
+"""Layers of torch whose weight is computed before each call: weight normalisation and pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import demp_fx
+from demp_fx.emit.module import source
+
+DEAD = [0, 2, 4]  # of eight channels
+
+
+def weight_norm(layer: nn.Conv2d) -> nn.Module:
+    with torch.no_grad():
+        layer.weight[DEAD] = 1.0  # a length of zero has no direction
+    normalised = parametrizations.weight_norm(layer)
+    with torch.no_grad():
+        normalised.get_parameter("parametrizations.weight.original0")[DEAD] = 0
+    return normalised
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def old_weight_norm(layer: nn.Conv2d) -> nn.Module:
+    normalised = nn.utils.weight_norm(layer)
+    with torch.no_grad():
+        normalised.get_parameter("weight_g")[DEAD] = 0
+    return normalised
+
+
+def pruned(layer: nn.Conv2d) -> nn.Module:
+    mask = torch.ones_like(layer.weight)
+    mask[DEAD] = 0
+    return prune.custom_from_mask(layer, "weight", mask)
+
+
+WAYS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
+    f.__name__: f for f in (weight_norm, old_weight_norm, pruned)
+}
+
+
+def network(way: str) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)]
+    for layer in layers:
+        assert layer.bias is not None
+        layer.bias.data[DEAD] = 0
+    first, second = (WAYS[way](layer.double()) for layer in layers)
+    head = nn.Linear(8, 2).double()
+    return nn.Sequential(
+        first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("way", WAYS)
+def test_they_get_narrower_and_keep_their_parameters(way: str) -> None:
+    net, x = network(way), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    result = demp_fx.compile(net, x)
+    state = result.module.state_dict()
+    assert state.keys() == net.state_dict().keys()
+    assert not result.report.opaque
+    assert state["6.weight"].shape == (2, 5)
+    assert {state["0.bias"].shape, state["2.bias"].shape} == {(5,)}
+    y = torch.randn(3, 3, 10, 10, dtype=torch.float64)
+    torch.testing.assert_close(result.module(y), net(y), rtol=1e-12, atol=1e-12)
+    result.module(y).sum().backward()
+    assert all(p.grad is not None for p in result.module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("way", WAYS)
+def test_they_are_written_as_files(way: str) -> None:
+    net, x = network(way), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    module = demp_fx.compile(net, x).module
+    namespace: dict[str, object] = {"__file__": "module.py"}
+    exec(source(module), namespace)
+    kind = namespace[type(module).__name__]
+    assert isinstance(kind, type)
+    written = kind()
+    written.load_state_dict(module.state_dict())
+    torch.testing.assert_close(written.double()(x), module(x))
+
+
+def test_what_is_computed_in_another_way_in_each_mode_stays_whole() -> None:
+    class Noisy(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * 2 if self.training else weight
+
+    layer = nn.Linear(6, 8)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Noisy())
+    net = nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 2)).double()
+    result = demp_fx.compile(net, torch.randn(4, 6, dtype=torch.float64))
+    assert "in another way in each mode" in result.report.opaque["0"]
+    proof = result.report.verification
+    assert proof is not None
+    assert proof.train_error == 0
