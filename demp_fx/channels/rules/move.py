@@ -182,6 +182,17 @@ def pixel_shuffle(walk: Stream, call: Call) -> None:
             walk.pin(call, x, "a single channel is made")
 
 
+def diagonal(walk: Stream, call: Call) -> None:
+    """A diagonal through channels reads as many of them as another dim is long: all of them stay,
+    whatever the example's is."""
+    x = call.args[0]
+    dims = {call.arg(name) % x.dim() for name in ("dim1", "dim2")}
+    for label in walk.value(x).labels:
+        if dims & set(varying(label)):
+            walk.pin(call, label, "is on a diagonal with another axis")
+    move(walk, call)
+
+
 def _restride(walk: Stream, call: Call) -> None:
     """The strides of a tensor are set anew: nothing is moved where its shape stays."""
     value, out = walk.value(call.args[0]), call.outputs[0]
@@ -206,6 +217,7 @@ RULES: dict[str, Rule] = {
     "aten::constant_pad_nd": pad,
     **dict.fromkeys(REARRANGE, move),
     "aten::pixel_shuffle": pixel_shuffle,
+    "aten::diagonal": diagonal,
     "aten::as_strided_": _restride,
     "aten::as_strided": _refuse,
 }
