@@ -26,6 +26,7 @@ from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
+FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
 
 Rule = Callable[["Stream", Call], None]
 
@@ -150,15 +151,32 @@ class Stream(TorchDispatchMode):
 
     def _apply(self, call: Call) -> None:
         self.applied += 1
+        start, moves = self.system.mark(), self.moves
+        unfit, shaped = len(self.unfit), len(self.shaped)
+        before = [(tensor, self.value(tensor)) for tensor in call.tensors]
         try:
             self.rule_of(call.op)(self, call)
-        except IndexError:  # numbers that a narrower tensor does not have: the node is refused
+        except (IndexError, DempError):  # a node that does not fit what it is given is refused
             raise
-        except Exception as error:
-            where = f"node {call.site.node!r} ({call.site.source})"
-            raise DempError(f"the rule of {call.op} failed at {where}: {error!r}") from error
+        except Exception as error:  # nothing that half a rule has said is relied on
+            self.system.forget(start)
+            self.moves = moves
+            del self.unfit[unfit:], self.shaped[shaped:]
+            for tensor, value in before:
+                tensor.__dict__["demp"] = value
+            self.leave(call, f"{FAILED} {call.op._schema.name}: {type(error).__name__}: {error}")
 
     # -- what rules use -------------------------------------------------------------------------
+
+    def leave(self, call: Call, reason: str) -> None:
+        """Everything that a call touches stays as it is, and nothing is known of what it gives."""
+        for tensor in call.tensors:
+            for label in self.value(tensor).labels:
+                self.pin(call, label, reason)
+        for tensor in written(call.op, call.args, call.kwargs):
+            self.value(tensor).known = None
+        for out in call.outputs:
+            self.give(out, ())
 
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a parameter gets its atoms when it is first met."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from demp_fx.channels.custom import written
 from demp_fx.channels.rules import (
     contract,
     convolution,
@@ -50,10 +49,4 @@ def rule_of(op: torch._ops.OpOverload) -> Rule:
 
 def opaque(walk: Stream, call: Call) -> None:
     """An op that has no row: everything it touches stays as it is, and the report says so."""
-    for tensor in call.tensors:
-        for label in walk.value(tensor).labels:
-            walk.pin(call, label, f"{call.op._schema.name} is not known to keep channels apart")
-    for tensor in written(call.op, call.args, call.kwargs):
-        walk.value(tensor).known = None
-    for out in call.outputs:
-        walk.give(out, ())
+    walk.leave(call, f"{call.op._schema.name} is not known to keep channels apart")
