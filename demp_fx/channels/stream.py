@@ -198,7 +198,8 @@ class Stream(TorchDispatchMode):
             for d, n in enumerate(tensor.shape)
             if n > 1
         )
-        read = self.with_facts and real.is_floating_point() and not real.is_meta
+        read = self.with_facts and not real.is_meta
+        read = read and (real.is_floating_point() or real.is_complex())
         line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
         data, rows = real.detach(), None
         if read and not line and rank > 1:
@@ -220,7 +221,12 @@ class Stream(TorchDispatchMode):
         self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,
         moved: bool = False,
     ) -> None:  # fmt: skip
-        """Set what is known of an op's result; `moved`: it is a view, and writes nothing."""
+        """Set what is known of an op's result; `moved`: it is a view, and writes nothing.
+
+        Of complex numbers only zeros are followed: constants are real.
+        """
+        if facts is not None and out.is_complex():
+            facts = Facts.of(facts.zero, facts.values)
         out.__dict__["demp"] = Value(labels, facts, data, self.version(out))
         if not moved and data is None:
             for label in labels:

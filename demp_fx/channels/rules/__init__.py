@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from demp_fx.channels.rules import (
+    complex,
     contract,
     convolution,
     couple,
@@ -32,6 +33,7 @@ RULES: dict[str, Rule] = {
     **norm.RULES,
     **couple.RULES,
     **recurrent.RULES,
+    **complex.RULES,
 }
 
 

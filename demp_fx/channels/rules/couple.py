@@ -128,7 +128,7 @@ def _constants(
     walk: Stream, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int],
     out: Tensor,
 ) -> Facts | None:  # fmt: skip
-    if facts is None or keeps is None or not out.is_floating_point():
+    if facts is None or keeps is None or not (out.is_floating_point() or out.is_complex()):
         return None
     mixed = [d for d in range(facts.known.dim()) if d not in place and facts.known.size(d) > 1]
     if mixed:  # zeros all along the dims that go give zeros, whatever the op

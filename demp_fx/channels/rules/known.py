@@ -133,12 +133,13 @@ def zero_at(facts: Facts, label: Tensor) -> Tensor:
 
 
 def offset_of(walk: Stream, bias: Tensor | None, size: int) -> Tensor | None:
+    """The numbers of a bias; nan where they are not known."""
     if bias is None:
         return torch.zeros(size, dtype=torch.float64)
     facts = walk.value(bias).facts
     if facts is None or facts.known.dim() != 1:
         return None
-    return facts.values[0].expand(size)
+    return torch.where(facts.known, facts.values[0], torch.nan).expand(size)
 
 
 def outputs_known(

@@ -22,7 +22,8 @@ COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten:
           "aten::detach_"}  # fmt: skip
 # Elementwise, though the dispatcher does not say so.
 UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
-            "aten::log_sigmoid_forward", "aten::rrelu_with_noise"}  # fmt: skip
+            "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::complex",
+            "aten::polar"}  # fmt: skip
 # Autograd functions of other packages that are elementwise, by class.
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
@@ -110,7 +111,7 @@ def _blockwise(
 
 def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """Run the op on what is known of its operands (a product with a known zero is zero)."""
-    if not out.is_floating_point():
+    if not (out.is_floating_point() or out.is_complex()):
         return None
     found = [walk.value(t).facts for t in call.tensors]
     if call.op._schema.name == "aten::where" and found[0] is None and len(found) == 3:
@@ -129,7 +130,7 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
         known, values = known | zero, torch.where(zero, 0.0, values)
     elif len(facts) == 1:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
-    result = Facts.of(known & values.isfinite().all(0), values)
+    result = Facts.of(known, values)
     return None if result is None else result.aligned(out.dim())
 
 
@@ -152,18 +153,23 @@ def _annihilated(facts: list[Facts], out: Tensor) -> Facts | None:
 
 
 def _run(call: Call, values: list[Tensor]) -> Tensor:
-    """The op on real numbers in the places of its tensor operands, in both modes."""
+    """The op on numbers in the places of its tensor operands, in both modes; nan where they are no
+    longer real."""
     feed = iter(values)
 
     def swap(a: Any) -> Any:
         if isinstance(a, (list, tuple)):
             return [swap(x) for x in a]
-        return next(feed).clone() if isinstance(a, Tensor) else a
+        if not isinstance(a, Tensor):
+            return a
+        return next(feed).to(torch.complex128 if a.is_complex() else torch.float64, copy=True)
 
     args = [swap(a) for a in call.args]
     kwargs = {k: swap(a) for k, a in call.kwargs.items() if k not in ("device", "dtype")}
     result = call.op(*args, **kwargs)
     first: Tensor = result if isinstance(result, Tensor) else result[0]
+    if first.is_complex():
+        first = torch.where(first.imag == 0, first.real, torch.nan)
     return first.to(torch.float64)
 
 
