@@ -72,6 +72,7 @@ FUNCTIONS: dict[str, Op] = {
     "count_nonzero": lambda x: x + x.count_nonzero(1).unsqueeze(1),
     "nonzero_share": lambda x: x * (x != 0).to(x.dtype).mean(1, keepdim=True),
     "bucketize": lambda x: torch.bucketize(x, torch.tensor([0.0, 0.5], dtype=x.dtype)) + x,
+    "searchsorted_rows": lambda x: torch.searchsorted(x.sort(-1).values, x.contiguous()) + x,
     "one_hot": lambda x: F.one_hot(x.argmax(1), 8).movedim(-1, 1) + x,
     "var_channels": lambda x: x + x.var(1, keepdim=True, unbiased=False),
     "norm_of_weight_size": lambda x: x / x.shape[1],

@@ -10,6 +10,12 @@ from torch import Tensor
 
 Op = Callable[[Tensor], Tensor]
 
+
+def _grid(like: Tensor) -> Tensor:
+    """Places to sample at, some beyond the border."""
+    return like.new_tensor([[-0.5, 0.2], [1.1, -0.1]]).expand(like.shape[0], 3, 2, 2)
+
+
 # Elementwise functions that keep zeros zero: the channels behind them go as well.
 ZERO_STAYS: dict[str, Op] = {
     "identity": lambda x: x,
@@ -82,6 +88,22 @@ ZERO_STAYS: dict[str, Op] = {
     "softmax_space": lambda x: x * torch.softmax(x.flatten(2), 2).unflatten(2, (6, 6)),
     "instance_norm": lambda x: F.instance_norm(x),
     "cumsum_space": lambda x: x.cumsum(2),
+    "cummax_space": lambda x: x.cummax(2).values - x.cummin(3).values,
+    "sort_space": lambda x: x.sort(3).values,
+    "topk_space": lambda x: x.flatten(2).topk(4, 2).values.unflatten(2, (2, 2)),
+    "argsort_space": lambda x: x.gather(2, x.argsort(2)),
+    "best_space": lambda x: x.gather(3, x.topk(3, dim=3, sorted=True).indices),
+    "take_along_space": lambda x: torch.take_along_dim(x, x.argsort(3, descending=True), 3),
+    "median_space": lambda x: x - x.median(2, keepdim=True).values,
+    "kthvalue_space": lambda x: x - x.kthvalue(2, 3, keepdim=True).values,
+    "mode_space": lambda x: x + x.round().mode(2, keepdim=True).values,
+    "grid_sample": lambda x: F.grid_sample(x, _grid(x), align_corners=False),
+    "grid_sample_border": lambda x: F.grid_sample(
+        x, 2 * _grid(x), padding_mode="border", align_corners=False
+    ),
+    "unpool": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([0.0, 0.5], dtype=x.dtype)),
+    "searchsorted": lambda x: x * torch.searchsorted(torch.arange(3.0, dtype=x.dtype), x),
     "unsqueezed": lambda x: x.unsqueeze(1).squeeze(1),
     "batch_mean": lambda x: x - x.mean(0, keepdim=True),
     "einsum_space": lambda x: torch.einsum("bchw->bcwh", x),

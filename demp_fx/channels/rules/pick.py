@@ -81,8 +81,21 @@ def gather(walk: Stream, call: Call) -> None:
     walk.give(out, labels, kept)
 
 
+def ranked(walk: Stream, call: Call) -> None:
+    """The place of each number in a sorted list, the same one for all of them."""
+    x, out = call.arg("self"), call.outputs[0]
+    lists = [t for t in call.tensors if t is not x]
+    passes = isinstance(x, Tensor) and all(t.dim() == 1 for t in lists)
+    for t in lists if passes else call.tensors:
+        for label in walk.value(t).labels:
+            walk.pin(call, label, "its places in a sorted list are looked up")
+    walk.give(out, walk.value(x).labels if passes else ())
+
+
 RULES: dict[str, Rule] = {
     "aten::index": index,
     "aten::index_select": index,
     "aten::gather": gather,
+    "aten::bucketize": ranked,
+    "aten::searchsorted": ranked,
 }
