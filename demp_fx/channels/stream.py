@@ -165,6 +165,12 @@ class Stream(TorchDispatchMode):
             for tensor, value in before:
                 tensor.__dict__["demp"] = value
             self.leave(call, f"{FAILED} {call.op._schema.name}: {type(error).__name__}: {error}")
+        if not call.op.is_view and all(self.value(out).data is None for out in call.outputs):
+            for tensor, value in before:
+                for holder in (tensor, value.data):
+                    key = None if holder is None else holder.untyped_storage()._cdata
+                    if key in self.system.uses:
+                        self.system.uses[key].add(call.site)
 
     # -- what rules use -------------------------------------------------------------------------
 
@@ -205,6 +211,7 @@ class Stream(TorchDispatchMode):
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)
         value = self.params[name] = Value(labels, None, data, 0, vector=read and line, rows=rows)
+        self.system.store(name, *(t.untyped_storage()._cdata for t in (tensor, real)))
         return value
 
     def empty(self, weight: Tensor, dim: int) -> Tensor | None:

@@ -156,7 +156,24 @@ class ComputedBias(nn.Module):
 _SEQUENCE: Shape = (5, 12)
 _MEANS: dict[str, Shape] = {"v": (9, 12), "o": (12, 9)}
 
+
+class Looked(nn.Module):
+    """Bags of rows that are picked by numbers; some columns of the table are zero."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.table, self.c = nn.EmbeddingBag(5, 8, mode=mode), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.table.weight[:, [0, 3, 4]] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        bags = self.table((x.flatten(1) * 3).to(torch.int64).abs().clamp(max=4))
+        return self.c(bags) + x.mean()
+
+
 MIXING: dict[str, Structure] = {
+    "a bag of rows": (lambda: Looked("mean"), (6,), {"table": (5, 5), "c": (4, 5)}),
+    "the most of a bag": (lambda: Looked("max"), (6,), {"table": (5, 5), "c": (4, 5)}),
     "channel attention": (
         ChannelAttention, (3, 6, 6), {"a": (5, 3, 1, 1), "c": (4, 5, 1, 1), "along": (1, 1, 3)},
     ),
