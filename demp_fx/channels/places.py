@@ -233,7 +233,7 @@ class Places(Stream):
         for label in () if fills else value.labels:
             self.system.pin(label, CHANGED, self.site)
         value.known = filled(value.facts, tensor, writes) if fills else None
-        value.vector = value.never_negative = False
+        value.vector, value.never_negative, value.blank = False, False, frozenset()
         value.rows = value.shares = value.never_positive = None
         if fills:
             value.version = self.version(tensor)

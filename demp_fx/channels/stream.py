@@ -59,6 +59,7 @@ class Stream(TorchDispatchMode):
         self.computed: dict[int, str] = {}  # by storage: who made the weights of the running node
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
+        self.follows = False  # whether the sizes that the node names are all worked out of others
         self.masked = False  # whether the node that runs may mask all of a row
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,
@@ -143,14 +144,14 @@ class Stream(TorchDispatchMode):
     def _meet(self, call: Call) -> None:
         """Apply the rule of a call if anything is known of what goes into it."""
         values = [self.value(tensor) for tensor in call.tensors]
-        if any(value.labels or value.known is not None for value in values):
+        if not values or any(value.labels or value.known is not None for value in values):
             self._apply(call)
         shares = shares_of(call, values[0], self.masked) if values else None
         if shares is not None:
             self.value(call.outputs[0]).shares = shares
 
     def _apply(self, call: Call) -> None:
-        self.applied += 1
+        self.applied += bool(call.tensors)
         start, moves = self.system.mark(), self.moves
         unfit, shaped = len(self.unfit), len(self.shaped)
         before = [(tensor, self.value(tensor)) for tensor in call.tensors]

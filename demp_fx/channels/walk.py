@@ -36,6 +36,8 @@ from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
+EXPANDS = {"expand", torch.ops.aten.expand.default}  # their sizes are rewritten (passes/resize.py)
+
 
 class RefusalError(UsageError):
     """A node does not take what it is given."""
@@ -184,6 +186,10 @@ class Walk(Places):
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
         self.counted = takes_average(node, self.layers)
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        numbers = (self.env[a] if isinstance(a, fx.Node) else a for a in leaves)
+        literal = any(isinstance(n, int) and n > 1 for n in numbers)
+        self.follows = node.target in EXPANDS or not literal
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)

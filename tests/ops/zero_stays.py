@@ -16,6 +16,11 @@ def _grid(like: Tensor) -> Tensor:
     return like.new_tensor([[-0.5, 0.2], [1.1, -0.1]]).expand(like.shape[0], 3, 2, 2)
 
 
+def _rows() -> Tensor:
+    """For each of six rows the one that it is put in."""
+    return torch.tensor([1, 0, 3, 2, 5, 1])
+
+
 # Elementwise functions that keep zeros zero: the channels behind them go as well.
 ZERO_STAYS: dict[str, Op] = {
     "identity": lambda x: x,
@@ -104,6 +109,29 @@ ZERO_STAYS: dict[str, Op] = {
     "unpool": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
     "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([0.0, 0.5], dtype=x.dtype)),
     "searchsorted": lambda x: x * torch.searchsorted(torch.arange(3.0, dtype=x.dtype), x),
+    "index_add_space": lambda x: torch.zeros_like(x).index_add(2, _rows(), x),
+    "index_copy_space": lambda x: torch.zeros_like(x).index_copy(3, _rows(), x),
+    "scatter_space": lambda x: (0 * x).scatter(2, _rows().view(6, 1).expand_as(x), x),
+    "scatter_add_space": lambda x: torch.zeros_like(x).scatter_add(3, _rows().expand_as(x), x),
+    "scatter_reduce_space": lambda x: x.scatter_reduce(3, x.argsort(3), x, "amin"),
+    "index_put_space": lambda x: (
+        x.movedim(2, 0).index_put((_rows(),), x.movedim(3, 0)).movedim(0, 2)
+    ),
+    "index_put_added": lambda x: (
+        x.movedim(2, 0).index_put((_rows(),), x[:, :, 0], accumulate=True).movedim(0, 2)
+    ),
+    "index_put_points": lambda x: (
+        x.permute(2, 3, 0, 1)
+        .index_put((_rows(), _rows().flip(0)), x[:, :, 0, 0])
+        .permute(2, 3, 0, 1)
+    ),
+    "index_put_mask": lambda x: x.index_put((x > 0.5,), torch.zeros((), dtype=x.dtype)),
+    "new_zeros": lambda x: x + x.new_zeros(x.shape),
+    "zeros": lambda x: x + torch.zeros(x.shape, dtype=x.dtype),
+    "ones": lambda x: x * torch.ones(x.shape, dtype=x.dtype),
+    "full": lambda x: x * x.new_full(x.size()[1:], 0.5),
+    "new_zeros_filled": lambda x: x.new_zeros(x.shape).index_add(2, _rows(), x),
+    "joined_zeros": lambda x: torch.cat([x, torch.zeros_like(x[:, :, :1])], 2),
     "unsqueezed": lambda x: x.unsqueeze(1).squeeze(1),
     "batch_mean": lambda x: x - x.mean(0, keepdim=True),
     "einsum_space": lambda x: torch.einsum("bchw->bcwh", x),

@@ -14,11 +14,13 @@ from demp_fx.channels.rules import (
     convolution,
     couple,
     join,
+    made,
     move,
     norm,
     pick,
     pointwise,
     recurrent,
+    scatter,
 )
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -28,12 +30,14 @@ RULES: dict[str, Rule] = {
     **join.RULES,
     **pick.RULES,
     **pointwise.RULES,
+    **made.RULES,
     **contract.RULES,
     **convolution.RULES,
     **norm.RULES,
     **couple.RULES,
     **recurrent.RULES,
     **complex.RULES,
+    **scatter.RULES,
 }
 
 

@@ -20,7 +20,7 @@ def index(walk: Stream, call: Call) -> None:
     x = call.args[0]
     given = call.args[1] if isinstance(call.args[1], (list, tuple)) else None
     picks = [call.args[2]] if given is None else [i for i in given if i is not None]
-    dims = [call.args[1] % x.dim()] if given is None else _indexed(given)
+    dims = [call.args[1] % x.dim()] if given is None else indexed(given)
     numbers = [_content(walk, i) for i in picks]
     for i in picks:
         for label in walk.value(i).labels:
@@ -46,7 +46,7 @@ def index(walk: Stream, call: Call) -> None:
     x.__dict__["demp"] = before
 
 
-def _indexed(given: Sequence[Tensor | None]) -> list[int]:
+def indexed(given: Sequence[Tensor | None]) -> list[int]:
     """Which dims a list of indices is about; a mask takes as many as it has."""
     dims, at = [], 0
     for i in given:

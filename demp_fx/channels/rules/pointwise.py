@@ -28,12 +28,6 @@ UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten:
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
-# Results of the operand's shape that hold none of its numbers.
-LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
-        "aten::rand_like", "aten::randn_like", "aten::bernoulli", "aten::bernoulli_",
-        "aten::bernoulli.p", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_",
-        "aten::exponential_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
-        "aten::random_"}  # fmt: skip
 
 
 def pointwise(walk: Stream, call: Call) -> None:
@@ -54,13 +48,14 @@ def pointwise(walk: Stream, call: Call) -> None:
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     """The labels of the result of an elementwise op, every operand's tied to them."""
     rank = out.dim()
+    _adopted(walk, call, rank)
     operands = [(t, walk.value(t).labels) for t in call.tensors]
     merged: dict[tuple[int, ...], Tensor] = {}
     made: set[tuple[int, ...]] = set()  # by something else than a table of the model's
     tables = [v.table or v.data is not None for v in map(walk.value, call.tensors)]
-    for (tensor, labels), table in zip(operands, tables, strict=True):
+    for (_, labels), table in zip(operands, tables, strict=True):
         for label in labels:
-            label = label.reshape((1,) * (rank - tensor.dim()) + label.shape)
+            label = _aligned(label, rank)
             key = varying(label)
             made |= set() if table else {key}
             if key in merged:
@@ -91,6 +86,27 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     return tuple(label for key, label in merged.items() if key not in covered)
 
 
+def _adopted(walk: Stream, call: Call, rank: int) -> None:
+    """Where an operand holds the same along an axis for as many channels as it meets (a constant,
+    or what was expanded), it takes their labels."""
+    found = {
+        varying(label): label
+        for tensor in call.tensors
+        for label in (_aligned(x, rank) for x in walk.value(tensor).labels)
+    }
+    for tensor in call.tensors if found else ():
+        value, lead = walk.value(tensor), rank - tensor.dim()
+        own = {d for label in value.labels for d in varying(label)}
+        flat = {d + lead for d in value.blank - own if tensor.size(d) > 1}
+        new = [x.reshape(x.shape[lead:]) for key, x in found.items() if key and set(key) <= flat]
+        if new and len({d for x in new for d in varying(x)}) == sum(len(varying(x)) for x in new):
+            walk.relabel(tensor, (*value.labels, *new))
+
+
+def _aligned(label: Tensor, rank: int) -> Tensor:
+    return label.reshape((1,) * (rank - label.dim()) + label.shape)
+
+
 def _blockwise(
     walk: Stream, call: Call, blocks: Tensor, other: Tensor, dims: tuple[int, ...]
 ) -> None:
@@ -115,7 +131,7 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
         return None
     found = [walk.value(t).facts for t in call.tensors]
     if call.op._schema.name == "aten::where" and found[0] is None and len(found) == 3:
-        return _either(found[1], found[2], out)
+        return either(found[1], found[2], out)
     facts = [f for f in found if f is not None]
     if not facts:
         return None
@@ -134,7 +150,7 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     return None if result is None else result.aligned(out.dim())
 
 
-def _either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
+def either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
     """One of two values, nobody knows which: known where they agree."""
     if a is None or b is None:
         return None
@@ -204,14 +220,8 @@ def copy(walk: Stream, call: Call) -> None:
     walk.give(out, value.labels, facts, data)
 
 
-def like(walk: Stream, call: Call) -> None:
-    """The result has the operand's channels and numbers of its own."""
-    walk.give(call.outputs[0], walk.value(call.tensors[0]).labels)
-
-
 RULES: dict[str, Rule] = {
     "aten::glu": glu,
     **dict.fromkeys(UNTAGGED | FUNCTIONS, pointwise),
     **dict.fromkeys(COPIES, copy),
-    **dict.fromkeys(LIKE, like),
 }
