@@ -79,6 +79,10 @@ FUNCTIONS: dict[str, Op] = {
     "zeros_of_a_literal_size": lambda x: torch.zeros(x.size(0), 8, 1, 1, dtype=x.dtype) + x,
     "one_number_expanded": lambda x: x[:1, :1, :1, :1].expand_as(x) + x,
     "one_number_broadcast": lambda x: torch.broadcast_to(x.mean(), (8, 6, 6)) * x,
+    "windows_of_constants": lambda x: F.fold(F.unfold(x, 3) + 1, (6, 6), 3),
+    "windows_back": lambda x: F.fold(x.flatten(2)[..., :9], (6, 6), 2, stride=2),
+    "windows_unbatched": lambda x: torch.stack([F.unfold(t, 3, padding=1) for t in x[:2]]
+                                               ).mean(0, keepdim=True).unflatten(2, (6, 6)),
     "one_hot": lambda x: F.one_hot(x.argmax(1), 8).movedim(-1, 1) + x,
     "var_channels": lambda x: x + x.var(1, keepdim=True, unbiased=False),
     "norm_of_weight_size": lambda x: x / x.shape[1],

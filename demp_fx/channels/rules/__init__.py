@@ -21,6 +21,7 @@ from demp_fx.channels.rules import (
     pointwise,
     recurrent,
     scatter,
+    windows,
 )
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -38,6 +39,7 @@ RULES: dict[str, Rule] = {
     **recurrent.RULES,
     **complex.RULES,
     **scatter.RULES,
+    **windows.RULES,
 }
 
 
