@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from demp_fx.channels.rules import (
+    bilinear,
     complex,
     contract,
     convolution,
@@ -38,6 +39,7 @@ RULES: dict[str, Rule] = {
     **couple.RULES,
     **recurrent.RULES,
     **complex.RULES,
+    **bilinear.RULES,
     **scatter.RULES,
     **windows.RULES,
 }
