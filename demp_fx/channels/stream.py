@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from demp_fx.channels.custom import FunctionOp, written
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import Labels, along, varying
+from demp_fx.channels.labels import Labels, along, same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.system import Axis, Site, System, Traffic
@@ -97,11 +97,17 @@ class Stream(TorchDispatchMode):
             return out
         site = Site(str(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
+        writes = []
         for tensor in written(func, args, kwargs):
             storage = tensor.untyped_storage()._cdata
             write = Write.by(func, args, tensor)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
+            writes.append((write, self.value(tensor).labels))
         self._meet(call)
+        for write, labels in writes:
+            value = self.value(write.tensor)
+            if len(labels) == len(value.labels) and all(map(same_label, labels, value.labels)):
+                write.labels, write.facts = labels, value.facts
         return out
 
     def _dry(self, func: Any, args: tuple[Any, ...], out: Any) -> None:

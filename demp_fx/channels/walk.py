@@ -108,6 +108,8 @@ class Walk(Places):
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         if sources and all(n.op == "get_attr" or n in self.made for n in sources):
             self.made.add(node)
+        for n in node.all_input_nodes if node.target not in SIZES else ():
+            self._refresh(n)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -268,6 +270,8 @@ class Walk(Places):
                 return on_zeros(module, args, kwargs)
 
     def _output(self, node: fx.Node) -> None:
+        for n in node.all_input_nodes:
+            self._refresh(n)
         self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
 
     def _pin(self, tree: Any, reason: str) -> None:

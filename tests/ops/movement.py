@@ -56,6 +56,20 @@ MOVEMENT: dict[str, Op] = {
     "index_put_rows_mask": lambda x: x.index_put((x.mean((1, 2, 3)) > 0,),
                                                  torch.tensor(0.7, dtype=x.dtype)),
     "in_place_bool": lambda x: _written(x, lambda y: y.__setitem__(x < 0, -1.0)),
+    "in_place_rows_of_ones": lambda x: _written(torch.ones_like(x), lambda y: y[:, :, 1:].copy_(
+        x[:, :, :-1])),
+    "in_place_rows_of_two": lambda x: _written(x, lambda y: y[:, :, :2].copy_(x[:, :, 2:4] + 1)),
+    "in_place_rows_one_number": lambda x: _written(x, lambda y: y.__setitem__(
+        (slice(None), slice(None), 1), 0.5)),
+    "in_place_some_channels": lambda x: _written(x, lambda y: y.__setitem__(
+        (slice(None), slice(0, 3)), 0.5)),
+    "in_place_rows_read_between": lambda x: _written(x, lambda y: y[..., 0].copy_(
+        (y * 2).mean(3))) * x,
+    "in_place_rows_of_a_view": lambda x: _written(x, lambda y: y.flatten(2)[..., :3].copy_(
+        x.flatten(2)[..., 4:7])),
+    "in_place_broadcast": lambda x: _written(x, lambda y: y[:, :, 1:3].copy_(x[:1, :1, :1, :1])),
+    "in_place_rounded": lambda x: _written(x, lambda y: y[:, :, 1:3].copy_(
+        x[:, :, 1:3].to(torch.float16))),
     "in_place_index_add": lambda x: _written(x, lambda y: y.index_add_(2, torch.arange(6), x)),
     "index_fill": lambda x: x.index_fill(1, torch.tensor([1, 6]), 0.4),
     "index_put": lambda x: x.index_put((torch.arange(x.shape[0]),), 2 * x),

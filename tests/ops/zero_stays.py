@@ -16,6 +16,13 @@ def _grid(like: Tensor) -> Tensor:
     return like.new_tensor([[-0.5, 0.2], [1.1, -0.1]]).expand(like.shape[0], 3, 2, 2)
 
 
+def _written(y: Tensor, write: Callable[[Tensor], object]) -> Tensor:
+    """A copy that something was written into."""
+    y = y.clone()
+    write(y)
+    return y
+
+
 def _rows() -> Tensor:
     """For each of six rows the one that it is put in."""
     return torch.tensor([1, 0, 3, 2, 5, 1])
@@ -135,6 +142,16 @@ ZERO_STAYS: dict[str, Op] = {
     "windows": lambda x: F.fold(F.unfold(x, 3, padding=1), (6, 6), 3, padding=1),
     "windows_as_channels": lambda x: F.unfold(x, 2, stride=2).unflatten(2, (3, 3)),
     "windows_scaled": lambda x: F.fold(F.unfold(x, 2, stride=2).tanh(), (6, 6), 2, stride=2),
+    "written_rows": lambda x: _written(
+        torch.zeros_like(x), lambda y: y[:, :, 1:].copy_(x[:, :, :-1])
+    ),
+    "assigned_rows": lambda x: _written(
+        0 * x, lambda y: y.__setitem__((slice(None), slice(None), 2), x[:, :, 0])
+    ),
+    "assigned_twice": lambda x: _written(
+        torch.zeros_like(x), lambda y: (y[..., 1:].copy_(x[..., 1:]), y[:, :, :3].mul_(2.0))
+    ),
+    "added_rows": lambda x: _written(x, lambda y: y[:, :, ::2].add_(y[:, :, 1::2])),
     "unsqueezed": lambda x: x.unsqueeze(1).squeeze(1),
     "batch_mean": lambda x: x - x.mean(0, keepdim=True),
     "einsum_space": lambda x: torch.einsum("bchw->bcwh", x),

@@ -212,16 +212,30 @@ def copy(walk: Stream, call: Call) -> None:
     value, out = walk.value(call.tensors[0]), call.outputs[0]
     facts, data = value.facts if walk.with_facts else None, value.data
     if out.dtype != call.tensors[0].dtype:
-        data = None
-        if facts is not None:
-            rounded = facts.values.to(out.dtype).real.to(torch.float64)
-            facts = Facts.of(facts.known, rounded) if not bool(facts.profile.any()) else None
+        data, facts = None, _rounded(facts, out)
     walk.moves += 1
     walk.give(out, value.labels, facts, data)
 
 
+def overwrite(walk: Stream, call: Call) -> None:
+    """`x.copy_(source)`: elementwise, and nothing of what `x` held is left."""
+    out, source = call.args[:2]
+    labels = aligned(walk, call, out)
+    facts = walk.value(source).facts if walk.with_facts else None
+    facts = _rounded(facts, out) if out.dtype != source.dtype else facts
+    walk.give(out, labels, None if facts is None else facts.aligned(out.dim()))
+
+
+def _rounded(facts: Facts | None, out: Tensor) -> Facts | None:
+    """Facts of numbers that are now of another dtype."""
+    if facts is None or bool(facts.profile.any()):
+        return None
+    return Facts.of(facts.known, facts.values.to(out.dtype).real.to(torch.float64))
+
+
 RULES: dict[str, Rule] = {
     "aten::glu": glu,
+    "aten::copy_": overwrite,
     **dict.fromkeys(UNTAGGED | FUNCTIONS, pointwise),
     **dict.fromkeys(COPIES, copy),
 }
