@@ -108,3 +108,34 @@ def test_a_buffer_without_channels_that_is_written_over() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     narrow = demp_fx.compile(net, (x,)).module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Shifted(nn.Module):
+    """Values of the step before, written into rows of a tensor of zeros; three channels are zero.
+
+    `read`: whether a layer reads them, or they are what the network gives.
+    """
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2) if read else nn.Identity()
+        self.double()
+        with torch.no_grad():
+            self.a.weight[[0, 3, 4]], self.a.bias[[0, 3, 4]] = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        before = torch.zeros_like(hidden)
+        before[:, 1:] = hidden[:, :-1].relu()
+        before[:, 0].add_(hidden[:, -1])
+        result: Tensor = self.b(before)
+        return result
+
+
+@pytest.mark.parametrize(("read", "width"), [(True, 5), (False, 8)])
+def test_channels_that_are_written_into_themselves_may_go(read: bool, width: int) -> None:
+    net, x = Shifted(read), torch.randn(3, 5, 4, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,), cuts="always").module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("a.weight").shape[0] == width

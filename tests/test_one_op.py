@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.channels.stream import FAILED
 from tests.ops import others
 from tests.ops.functions import FUNCTIONS
 from tests.ops.layers import LAYERS
@@ -72,6 +73,7 @@ def test_a_layer_is_kept(name: str, constant: bool) -> None:
 def is_kept(model: nn.Module) -> None:
     """Compile and compare, in both modes."""
     result = demp_fx.compile(model, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert not any(pin.reason.startswith(FAILED) for pin in result.report.pinned)
     assert error(model, result.module, training=False) < 1e-10
     assert error(model, result.module, training=True) < 1e-10
 

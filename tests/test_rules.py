@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import demp_fx
 from demp_fx.channels.rules import RULES
+from demp_fx.channels.stream import FAILED
 from demp_fx.emit.module import source
 from demp_fx.errors import UsageError
 
@@ -183,6 +184,20 @@ def test_a_function_as_a_rule() -> None:
 
     assert compiled(backwards)[1] == 5
     assert seen
+
+
+def test_an_operation_whose_rule_fails_half_way_is_left_alone_and_named() -> None:
+    @demp_fx.rule("demp_rules::backwards")
+    def rule(walk: Any, call: Any) -> None:
+        walk.give(call.outputs[0], walk.value(call.tensors[0]).labels)
+        walk.relabel(call.tensors[0], ())
+        raise ValueError("no idea")
+
+    result, width = compiled(backwards)
+    assert width == 8
+    (pin,) = (p for p in result.report.pinned if p.reason.startswith(FAILED))
+    assert pin.reason.endswith("demp_rules::backwards: ValueError: no idea")
+    assert "make.weight[0]" in pin.members
 
 
 def test_the_decorator_leaves_the_operation_as_it_is() -> None:

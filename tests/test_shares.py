@@ -102,3 +102,54 @@ def test_shares_may_come_second_and_be_moved() -> None:
     narrow = demp_fx.compile(net, x, cuts="always").module
     assert narrow.get_submodule("read").weight.shape == (2, 5)
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Bins(nn.Module):
+    """Shares over bins, read by a convolution that weighs the bins: box edges, as detectors do."""
+
+    def __init__(self, kernel: int, padding: int) -> None:
+        super().__init__()
+        self.make, self.bins = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.edges = nn.Conv2d(4, 5, kernel, padding=padding, bias=False)
+        self.read = nn.Conv2d(5, 2, 1)
+        with torch.no_grad():
+            for p in (self.make.weight, self.make.bias, self.edges.weight):
+                p[:3] = 0
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.bins(self.make(x).relu()).softmax(1)
+        edges: Tensor = self.read(self.edges(shares))
+        return edges
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (1, 1), (3, 1)])
+def test_shares_may_be_read_by_a_convolution(kernel: int, padding: int) -> None:
+    torch.manual_seed(0)
+    net, x = Bins(kernel, padding), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    result = demp_fx.compile(net, x, cuts="always")
+    assert not any("error" in pin.reason for pin in result.report.pinned)
+    assert result.module.get_submodule("make").weight.shape[0] == 5
+    assert result.module.get_submodule("edges").weight.shape[:2] == (2, 4)
+    torch.testing.assert_close(result.module(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_that_are_shares_average_at_each_tap_of_a_kernel() -> None:
+    class Blur(nn.Module):
+        def __init__(self, kernel: int) -> None:
+            super().__init__()
+            self.make, self.read = nn.Conv2d(3, 4, 1), nn.Conv2d(5, 2, 1)
+            self.blur = nn.Parameter(torch.randn(5, 4, kernel, kernel))
+            with torch.no_grad():
+                self.make.weight.zero_()
+                self.make.bias.fill_(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            read: Tensor = self.read(F.conv2d(self.make(x), self.blur.softmax(1)))
+            return read
+
+    for kernel in (1, 2):
+        torch.manual_seed(0)
+        net, x = Blur(kernel).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+        narrow = demp_fx.compile(net, x, cuts="always").module
+        torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

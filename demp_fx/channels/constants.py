@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,29 +12,51 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.runs import Indices, Mask
-from demp_fx.channels.system import Read, System
+from demp_fx.channels.system import Fold, Read, System
 
 
 def foldable(system: System) -> dict[int, Facts]:
     """For each read (by its id) that may fold constants into its weights: the facts it may use.
 
-    A weight that is read twice folds nothing: what one read needs would change the other.
+    What is folded for one read of a weight changes all others (of a layer that is called twice,
+    say): only constants that all of them agree on are, and none where they read it differently.
+    Where something else uses a weight (an embedding that is tied to it), only its bias may change.
     """
-    used = Counter(r.fold.weight for r in system.reads if r.fold is not None)
-    biases = Counter(r.fold.bias for r in system.reads if r.fold is not None)
-    return {
-        id(r): r.facts
-        for r in system.reads
-        if r.fold is not None and r.facts is not None
-        and used[r.fold.weight] == 1 and (r.fold.bias is None or biases[r.fold.bias] == 1)
-    }  # fmt: skip
+    alike: dict[Fold, list[Read]] = defaultdict(list)
+    for read in system.reads:
+        if read.fold is not None:
+            alike[read.fold].append(read)
+    weights = Counter(fold.weight for fold in alike)
+    biases = Counter(fold.bias for fold in alike)
+    found: dict[int, Facts] = {}
+    for fold, reads in alike.items():
+        if weights[fold.weight] == 1 and (fold.bias is None or biases[fold.bias] == 1):
+            facts = _usable(system, fold, reads)
+            found |= {id(read): facts for read in reads if facts is not None}
+    return found
+
+
+def _usable(system: System, fold: Fold, reads: list[Read]) -> Facts | None:
+    """What all reads of a weight agree on and can fold."""
+    facts = [read.facts for read in reads if read.facts is not None]
+    sites = {read.site for read in reads}
+    if len(facts) < len(reads) or (fold.bias is not None and system.uses_of(fold.bias) - sites):
+        return None
+    first, known = facts[0], facts[0].known
+    for other in facts[1:]:
+        same = (first.values == other.values).all(0) & (first.profile == other.profile)
+        known = known & other.known & same
+    if system.uses_of(fold.weight) - sites:
+        known = known & (first.zero | by_bias(reads[0], first))
+    return Facts(known, first.values, first.profile) if bool(known.any()) else None
 
 
 def dead_at(read: Read, folds: dict[int, Facts]) -> Tensor | None:
     """Which inputs a read can do without: zeros, weights of zero, constants that it can fold."""
     dead = read.silent
     if read.facts is not None:
-        known = read.facts.known if id(read) in folds else read.facts.zero
+        known, facts = read.facts.zero, folds.get(id(read))
+        known = known if facts is None else known | facts.known
         dead = known if dead is None else dead | known
     return dead
 

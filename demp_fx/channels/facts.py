@@ -32,7 +32,9 @@ class Facts:
 
     @classmethod
     def of(cls, known: Tensor, values: Tensor, profile: int = 0) -> Facts | None:
-        """Facts from arrays, or None where nothing is known. Unknown entries are stored as 0."""
+        """Facts from arrays, or None where nothing is known. Unknown entries are stored as 0; a
+        number that is not finite is not known."""
+        known = known & values.isfinite().all(0)
         if not bool(known.any()):
             return None
         values = torch.where(known, values, 0.0)
@@ -42,7 +44,9 @@ class Facts:
 
     @classmethod
     def exactly(cls, numbers: Tensor) -> Facts:
-        """The facts of a tensor whose numbers are known."""
+        """The facts of a tensor whose numbers are known; of complex ones, which are zero."""
+        if numbers.is_complex():
+            return cls.zeros(numbers.cpu() == 0)
         numbers = numbers.to("cpu", torch.float64)
         known = torch.ones_like(numbers, dtype=torch.bool)
         values = numbers.expand(2, *numbers.shape)

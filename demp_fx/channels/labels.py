@@ -28,6 +28,11 @@ def compress(label: Tensor) -> Tensor:
     return label
 
 
+def same_label(a: Tensor, b: Tensor) -> bool:
+    """Whether two labels are the same."""
+    return a is b or (a.shape == b.shape and bool((a == b).all()))
+
+
 def along(atoms: Tensor, rank: int, dim: int) -> Tensor:
     """A label that carries `atoms` on `dim`."""
     shape = [1] * rank

@@ -19,7 +19,7 @@ from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
 from demp_fx.channels.value import Value
-from demp_fx.channels.writes import filled
+from demp_fx.channels.writes import carried, filled, mixed
 from demp_fx.shapes import Shape
 
 aten = torch.ops.aten
@@ -60,8 +60,6 @@ class Places(Stream):
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or called(user) in SIZES:
             return tensor
         value = self.value(tensor)
-        if value.version != self.version(tensor):
-            self._stale(n, value)
         if not value.labels or value.version != self.version(tensor):
             return tensor
         if user in self.made:
@@ -210,33 +208,53 @@ class Places(Stream):
             return False
         if a in self.made or b in self.made:
             return False
-        if called(node) in IN_PLACE_SUMS and len(a.users) > 1:
+        if called(node) in IN_PLACE_SUMS and not self._is_last_use(a, node):
             return False
         if x.shape != y.shape or x.dtype != y.dtype:
             return False
         p, q = self.value(x).labels, self.value(y).labels
         return len(p) == len(q) == 1 and varying(p[0]) == varying(q[0]) and len(varying(p[0])) == 1
 
+    def _refresh(self, n: fx.Node) -> None:
+        """See whether what a node has given was written into since. (That is no part of what its
+        reader records, and stays where that is forgotten.)"""
+        tensor = self.env[n]
+        if isinstance(tensor, Tensor) and n.op != "get_attr":
+            value = self.value(tensor)
+            if value.version != self.version(tensor):
+                self._stale(n, value)
+
     def _stale(self, n: fx.Node, value: Value) -> None:
-        """`n` was changed in place through another name. Where that put one number everywhere, it
-        is known what `n` holds now; else nothing about it can be relied on."""
+        """`n` was changed in place through another name. Where that put one number everywhere, or
+        each channel into itself, it is known what `n` holds now; else nothing about it can be
+        relied on."""
         tensor: Tensor = self.env[n]
         storage = tensor.untyped_storage()._cdata
         writes = self.writes[storage][value.version :]
         shared = {other.name for other, t in self.env.items()
                   if isinstance(t, Tensor) and t.untyped_storage()._cdata == storage}  # fmt: skip
+        edges = [edge for edge in self.system.edges if edge.producer in shared]
+        origin = torch.arange(self.system.atoms)
+        for edge in edges:
+            origin[edge.target] = origin[edge.source]
         fills = all(write.number is not None for write in writes)
-        for edge in self.system.edges:  # no cut on the way: the write would go to a copy
-            if edge.producer in shared and fills:
+        holds = carried(value.labels, writes, origin)
+        for edge in edges:  # no cut on the way: the write would go to a copy
+            if fills or holds:
                 self.system.same(edge.source, edge.target, self.site)
             elif edge.producer == n.name:
                 self.system.pin(edge.target, CHANGED, self.site)
-        for label in () if fills else value.labels:
+        for label in () if fills or holds else value.labels:
             self.system.pin(label, CHANGED, self.site)
-        value.known = filled(value.facts, tensor, writes) if fills else None
-        value.vector = value.never_negative = False
+        if fills and tensor.dim() == 1:
+            value.known = filled(value.facts, tensor, writes)
+        elif holds:
+            value.known = mixed(value.facts, value.labels, tensor.dim(), writes, origin)
+        else:
+            value.known = None
+        value.vector, value.never_negative, value.blank = False, False, frozenset()
         value.rows = value.shares = value.never_positive = None
-        if fills:
+        if fills or holds:
             value.version = self.version(tensor)
 
 

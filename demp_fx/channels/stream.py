@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from demp_fx.channels.custom import FunctionOp, written
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import Labels, along, varying
+from demp_fx.channels.labels import Labels, along, same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.system import Axis, Site, System, Traffic
@@ -26,6 +26,7 @@ from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
+FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
 
 Rule = Callable[["Stream", Call], None]
 
@@ -59,6 +60,7 @@ class Stream(TorchDispatchMode):
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.sized = False  # whether the node that runs is given a number computed of input sizes
+        self.follows = False  # whether the sizes that the node names are all worked out of others
         self.masked = False  # whether the node that runs may mask all of a row
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,
@@ -96,11 +98,17 @@ class Stream(TorchDispatchMode):
             return out
         site = Site(str(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
+        writes = []
         for tensor in written(func, args, kwargs):
             storage = tensor.untyped_storage()._cdata
             write = Write.by(func, args, tensor)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
+            writes.append((write, self.value(tensor).labels))
         self._meet(call)
+        for write, labels in writes:
+            value = self.value(write.tensor)
+            if len(labels) == len(value.labels) and all(map(same_label, labels, value.labels)):
+                write.labels, write.facts = labels, value.facts
         return out
 
     def _dry(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
@@ -143,23 +151,46 @@ class Stream(TorchDispatchMode):
     def _meet(self, call: Call) -> None:
         """Apply the rule of a call if anything is known of what goes into it."""
         values = [self.value(tensor) for tensor in call.tensors]
-        if any(value.labels or value.known is not None for value in values):
+        if not values or any(value.labels or value.known is not None for value in values):
             self._apply(call)
         shares = shares_of(call, values[0], self.masked) if values else None
         if shares is not None:
             self.value(call.outputs[0]).shares = shares
 
     def _apply(self, call: Call) -> None:
-        self.applied += 1
+        self.applied += bool(call.tensors)
+        start, moves = self.system.mark(), self.moves
+        unfit, shaped = len(self.unfit), len(self.shaped)
+        before = [(tensor, self.value(tensor)) for tensor in call.tensors]
         try:
             self.rule_of(call.op)(self, call)
-        except IndexError:  # numbers that a narrower tensor does not have: the node is refused
+        except (IndexError, DempError):  # a node that does not fit what it is given is refused
             raise
-        except Exception as error:
-            where = f"node {call.site.node!r} ({call.site.source})"
-            raise DempError(f"the rule of {call.op} failed at {where}: {error!r}") from error
+        except Exception as error:  # nothing that half a rule has said is relied on
+            self.system.forget(start)
+            self.moves = moves
+            del self.unfit[unfit:], self.shaped[shaped:]
+            for tensor, value in before:
+                tensor.__dict__["demp"] = value
+            self.leave(call, f"{FAILED} {call.op._schema.name}: {type(error).__name__}: {error}")
+        if not call.op.is_view and all(self.value(out).data is None for out in call.outputs):
+            for tensor, value in before:
+                for holder in (tensor, value.data):
+                    key = None if holder is None else holder.untyped_storage()._cdata
+                    if key in self.system.uses:
+                        self.system.uses[key].add(call.site)
 
     # -- what rules use -------------------------------------------------------------------------
+
+    def leave(self, call: Call, reason: str) -> None:
+        """Everything that a call touches stays as it is, and nothing is known of what it gives."""
+        for tensor in call.tensors:
+            for label in self.value(tensor).labels:
+                self.pin(call, label, reason)
+        for tensor in written(call.op, call.args, call.kwargs):
+            self.value(tensor).known = None
+        for out in call.outputs:
+            self.give(out, ())
 
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a parameter gets its atoms when it is first met."""
@@ -181,12 +212,14 @@ class Stream(TorchDispatchMode):
             for d, n in enumerate(tensor.shape)
             if n > 1
         )
-        read = self.with_facts and real.is_floating_point() and not real.is_meta
+        read = self.with_facts and not real.is_meta
+        read = read and (real.is_floating_point() or real.is_complex())
         line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
         data, rows = real.detach(), None
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)
         value = self.params[name] = Value(labels, None, data, 0, vector=read and line, rows=rows)
+        self.system.store(name, *(t.untyped_storage()._cdata for t in (tensor, real)))
         return value
 
     def empty(self, weight: Tensor, dim: int) -> Tensor | None:
@@ -203,7 +236,12 @@ class Stream(TorchDispatchMode):
         self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,
         moved: bool = False,
     ) -> None:  # fmt: skip
-        """Set what is known of an op's result; `moved`: it is a view, and writes nothing."""
+        """Set what is known of an op's result; `moved`: it is a view, and writes nothing.
+
+        Of complex numbers only zeros are followed: constants are real.
+        """
+        if facts is not None and out.is_complex():
+            facts = Facts.of(facts.zero, facts.values)
         out.__dict__["demp"] = Value(labels, facts, data, self.version(out))
         if not moved and data is None:
             for label in labels:

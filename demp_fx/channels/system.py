@@ -192,7 +192,8 @@ class System:
     """Everything a walk recorded, in order of execution.
 
     `whole` and `ties`: what is in `sames`, as pairs of (the first atoms of) whole axes, and pairs
-    of single atoms; `root`: the classes that they make, once somebody has asked for them.
+    of single atoms; `root`: the classes that they make, once somebody has asked for them. `stores`:
+    the storages of each parameter and buffer; `uses`: the ops that compute with what is in one.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -207,6 +208,8 @@ class System:
     whole: set[tuple[int, int]] = field(default_factory=set)
     ties: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64),) * 2
     root: Tensor | None = None
+    stores: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uses: dict[int, set[Site]] = field(default_factory=dict)
     atoms: int = 1
     macs: int = 0
     _fixed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
@@ -241,6 +244,16 @@ class System:
                 self._fixed[pin.atoms] = True
         self._seen = len(self.pins)
         return bool(self._fixed[atoms].all())
+
+    def store(self, name: str, *storages: int) -> None:
+        """Watch for uses of what is in the storages of a parameter or buffer."""
+        self.stores[name] = storages
+        for storage in storages:
+            self.uses.setdefault(storage, set())
+
+    def uses_of(self, name: str) -> set[Site]:
+        """The ops that compute with a parameter or buffer, or with a part of it."""
+        return set().union(*(self.uses[storage] for storage in self.stores[name]))
 
     def multiply(self, macs: int, *sides: Tensor) -> None:
         """Count multiplications, with the labels of the axes that they shrink with."""

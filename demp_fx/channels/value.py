@@ -22,7 +22,8 @@ class Value:
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
     are its numbers, read when they are asked for; `rows`: tells which of its rows are all zero.
-    `shares`: the dim along which it sums to one. `table`: it is computed from parameters and
+    `shares`: the dim along which it sums to one. `blank`: dims along which it holds the same, as
+    often as the sizes want that it is given. `table`: it is computed from parameters and
     buffers alone. `never_negative`: no element ever is; `never_positive`: those that never are, a
     mask that broadcasts.
     """
@@ -34,6 +35,7 @@ class Value:
     vector: bool = False
     rows: Empty | None = None
     shares: int | None = None
+    blank: frozenset[int] = frozenset()
     table: bool = False
     never_negative: bool = False
     never_positive: Tensor | None = None

@@ -38,6 +38,8 @@ from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 from demp_fx.trees import tensors_of
 
+EXPANDS = {"expand", torch.ops.aten.expand.default}  # their sizes are rewritten (passes/resize.py)
+
 
 class RefusalError(UsageError):
     """A node does not take what it is given."""
@@ -108,6 +110,8 @@ class Walk(Places):
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         if sources and all(n.op == "get_attr" or n in self.made for n in sources):
             self.made.add(node)
+        for n in node.all_input_nodes if node.target not in SIZES else ():
+            self._refresh(n)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -189,6 +193,10 @@ class Walk(Places):
             n in self.given and isinstance(self.env[n], (int, float)) for n in node.all_input_nodes
         )
         self.counted = takes_average(node, self.layers)
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        numbers = (self.env[a] if isinstance(a, fx.Node) else a for a in leaves)
+        literal = any(isinstance(n, int) and n > 1 for n in numbers)
+        self.follows = node.target in EXPANDS or not literal
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
@@ -267,6 +275,8 @@ class Walk(Places):
                 return on_zeros(module, args, kwargs)
 
     def _output(self, node: fx.Node) -> None:
+        for n in node.all_input_nodes:
+            self._refresh(n)
         self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
 
     def _pin(self, tree: Any, reason: str) -> None:

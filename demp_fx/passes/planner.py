@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from demp_fx.calls import called
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.constants import by_bias, foldable, independent
+from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
@@ -81,9 +82,9 @@ class _Planner:
         plan.frozen = [n for n in numbers if isinstance(n, Frozen)]
         self._edges(plan)
         folds = foldable(self.walk.system)
-        for read in self.walk.system.reads:
-            if id(read) in folds:
-                plan.folds += self._fold(read)
+        readers = {read.fold: read for read in self.walk.system.reads if id(read) in folds}
+        for read in readers.values():  # one for each weight: what it folds serves all others
+            plan.folds += self._fold(read, folds[id(read)])
         return plan
 
     def _keep(self, plan: PruningPlan) -> None:
@@ -354,10 +355,9 @@ class _Planner:
 
     # -- constants ------------------------------------------------------------------------------
 
-    def _fold(self, read: Read) -> list[Folding]:
+    def _fold(self, read: Read, facts: Facts) -> list[Folding]:
         """Where the constants go that a read no longer receives."""
-        facts, fold = read.facts, read.fold
-        assert facts is not None
+        fold = read.fold
         assert fold is not None
         kept = self.solution.kept(read.inputs)
         gone = facts.constant & ~kept

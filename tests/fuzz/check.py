@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import demp_fx
+from demp_fx.channels.stream import FAILED
 from demp_fx.inputs import Inputs
 from demp_fx.passes.narrow import narrow as carry_out
 from demp_fx.passes.plan import PruningPlan
@@ -40,6 +41,7 @@ def check(net: Net) -> demp_fx.CompileResult:
     result = demp_fx.compile(model, example, calibration, verify=False, cuts=net.cuts)  # type: ignore[arg-type]
 
     narrow = result.module
+    _rules_hold(result)
     _unchanged(before, model)
     _keys(model, narrow)
     if calibration is not None:
@@ -52,6 +54,13 @@ def check(net: Net) -> demp_fx.CompileResult:
         _gradients(net, model, narrow)
     _replayed(model, example, result, calibration[0] if calibration is not None else fresh)
     return result
+
+
+def _rules_hold(result: demp_fx.CompileResult) -> None:
+    """A rule with an error in it gives channels up; that is exact, but a bug."""
+    for pin in result.report.pinned:
+        if pin.reason.startswith(FAILED):
+            raise WrongError(f"{pin.reason} at {pin.source}")
 
 
 def _outputs(value: Any) -> list[Tensor]:

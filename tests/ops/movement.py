@@ -45,6 +45,32 @@ MOVEMENT: dict[str, Op] = {
     "take_along_dim": lambda x: torch.take_along_dim(x, _rotated(x), 1),
     "index_add": lambda x: x.index_add(1, torch.tensor([0, 3]), x[:, 4:6]),
     "index_copy": lambda x: x.index_copy(1, torch.tensor([1, 0]), x[:, 4:6]),
+    "index_add_rows": lambda x: torch.ones_like(x).index_add(2, torch.arange(6) % 4, x),
+    "index_copy_rows": lambda x: (x + 1).index_copy(3, torch.arange(6).flip(0), x),
+    "scatter_rows": lambda x: x.scatter(2, x.argsort(2), 2 * x),
+    "scatter_some": lambda x: x.scatter(2, x[:, :5].argsort(2), x[:, 3:]),
+    "scatter_mean": lambda x: x.scatter_reduce(2, x.argsort(2) // 2, x, "mean", include_self=False),
+    "index_put_rows": lambda x: x.movedim(2, 0).index_put((torch.arange(3),), x[:, :, 0] + 1)
+                                 .movedim(0, 2),
+    "index_put_mask": lambda x: x.index_put((x > 0.2,), torch.tensor(0.7, dtype=x.dtype)),
+    "index_put_rows_mask": lambda x: x.index_put((x.mean((1, 2, 3)) > 0,),
+                                                 torch.tensor(0.7, dtype=x.dtype)),
+    "in_place_bool": lambda x: _written(x, lambda y: y.__setitem__(x < 0, -1.0)),
+    "in_place_rows_of_ones": lambda x: _written(torch.ones_like(x), lambda y: y[:, :, 1:].copy_(
+        x[:, :, :-1])),
+    "in_place_rows_of_two": lambda x: _written(x, lambda y: y[:, :, :2].copy_(x[:, :, 2:4] + 1)),
+    "in_place_rows_one_number": lambda x: _written(x, lambda y: y.__setitem__(
+        (slice(None), slice(None), 1), 0.5)),
+    "in_place_some_channels": lambda x: _written(x, lambda y: y.__setitem__(
+        (slice(None), slice(0, 3)), 0.5)),
+    "in_place_rows_read_between": lambda x: _written(x, lambda y: y[..., 0].copy_(
+        (y * 2).mean(3))) * x,
+    "in_place_rows_of_a_view": lambda x: _written(x, lambda y: y.flatten(2)[..., :3].copy_(
+        x.flatten(2)[..., 4:7])),
+    "in_place_broadcast": lambda x: _written(x, lambda y: y[:, :, 1:3].copy_(x[:1, :1, :1, :1])),
+    "in_place_rounded": lambda x: _written(x, lambda y: y[:, :, 1:3].copy_(
+        x[:, :, 1:3].to(torch.float16))),
+    "in_place_index_add": lambda x: _written(x, lambda y: y.index_add_(2, torch.arange(6), x)),
     "index_fill": lambda x: x.index_fill(1, torch.tensor([1, 6]), 0.4),
     "index_put": lambda x: x.index_put((torch.arange(x.shape[0]),), 2 * x),
     "two_indices": lambda x: x[:, [0, 3, 5], [1, 2, 3]].unsqueeze(1),

@@ -10,6 +10,24 @@ from torch import Tensor
 
 Op = Callable[[Tensor], Tensor]
 
+
+def _grid(like: Tensor) -> Tensor:
+    """Places to sample at, some beyond the border."""
+    return like.new_tensor([[-0.5, 0.2], [1.1, -0.1]]).expand(like.shape[0], 3, 2, 2)
+
+
+def _written(y: Tensor, write: Callable[[Tensor], object]) -> Tensor:
+    """A copy that something was written into."""
+    y = y.clone()
+    write(y)
+    return y
+
+
+def _rows() -> Tensor:
+    """For each of six rows the one that it is put in."""
+    return torch.tensor([1, 0, 3, 2, 5, 1])
+
+
 # Elementwise functions that keep zeros zero: the channels behind them go as well.
 ZERO_STAYS: dict[str, Op] = {
     "identity": lambda x: x,
@@ -82,6 +100,58 @@ ZERO_STAYS: dict[str, Op] = {
     "softmax_space": lambda x: x * torch.softmax(x.flatten(2), 2).unflatten(2, (6, 6)),
     "instance_norm": lambda x: F.instance_norm(x),
     "cumsum_space": lambda x: x.cumsum(2),
+    "cummax_space": lambda x: x.cummax(2).values - x.cummin(3).values,
+    "sort_space": lambda x: x.sort(3).values,
+    "topk_space": lambda x: x.flatten(2).topk(4, 2).values.unflatten(2, (2, 2)),
+    "argsort_space": lambda x: x.gather(2, x.argsort(2)),
+    "best_space": lambda x: x.gather(3, x.topk(3, dim=3, sorted=True).indices),
+    "take_along_space": lambda x: torch.take_along_dim(x, x.argsort(3, descending=True), 3),
+    "median_space": lambda x: x - x.median(2, keepdim=True).values,
+    "kthvalue_space": lambda x: x - x.kthvalue(2, 3, keepdim=True).values,
+    "mode_space": lambda x: x + x.round().mode(2, keepdim=True).values,
+    "grid_sample": lambda x: F.grid_sample(x, _grid(x), align_corners=False),
+    "grid_sample_border": lambda x: F.grid_sample(
+        x, 2 * _grid(x), padding_mode="border", align_corners=False
+    ),
+    "unpool": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "bucketize": lambda x: x * torch.bucketize(x, torch.tensor([0.0, 0.5], dtype=x.dtype)),
+    "searchsorted": lambda x: x * torch.searchsorted(torch.arange(3.0, dtype=x.dtype), x),
+    "index_add_space": lambda x: torch.zeros_like(x).index_add(2, _rows(), x),
+    "index_copy_space": lambda x: torch.zeros_like(x).index_copy(3, _rows(), x),
+    "scatter_space": lambda x: (0 * x).scatter(2, _rows().view(6, 1).expand_as(x), x),
+    "scatter_add_space": lambda x: torch.zeros_like(x).scatter_add(3, _rows().expand_as(x), x),
+    "scatter_reduce_space": lambda x: x.scatter_reduce(3, x.argsort(3), x, "amin"),
+    "index_put_space": lambda x: (
+        x.movedim(2, 0).index_put((_rows(),), x.movedim(3, 0)).movedim(0, 2)
+    ),
+    "index_put_added": lambda x: (
+        x.movedim(2, 0).index_put((_rows(),), x[:, :, 0], accumulate=True).movedim(0, 2)
+    ),
+    "index_put_points": lambda x: (
+        x.permute(2, 3, 0, 1)
+        .index_put((_rows(), _rows().flip(0)), x[:, :, 0, 0])
+        .permute(2, 3, 0, 1)
+    ),
+    "index_put_mask": lambda x: x.index_put((x > 0.5,), torch.zeros((), dtype=x.dtype)),
+    "new_zeros": lambda x: x + x.new_zeros(x.shape),
+    "zeros": lambda x: x + torch.zeros(x.shape, dtype=x.dtype),
+    "ones": lambda x: x * torch.ones(x.shape, dtype=x.dtype),
+    "full": lambda x: x * x.new_full(x.size()[1:], 0.5),
+    "new_zeros_filled": lambda x: x.new_zeros(x.shape).index_add(2, _rows(), x),
+    "joined_zeros": lambda x: torch.cat([x, torch.zeros_like(x[:, :, :1])], 2),
+    "windows": lambda x: F.fold(F.unfold(x, 3, padding=1), (6, 6), 3, padding=1),
+    "windows_as_channels": lambda x: F.unfold(x, 2, stride=2).unflatten(2, (3, 3)),
+    "windows_scaled": lambda x: F.fold(F.unfold(x, 2, stride=2).tanh(), (6, 6), 2, stride=2),
+    "written_rows": lambda x: _written(
+        torch.zeros_like(x), lambda y: y[:, :, 1:].copy_(x[:, :, :-1])
+    ),
+    "assigned_rows": lambda x: _written(
+        0 * x, lambda y: y.__setitem__((slice(None), slice(None), 2), x[:, :, 0])
+    ),
+    "assigned_twice": lambda x: _written(
+        torch.zeros_like(x), lambda y: (y[..., 1:].copy_(x[..., 1:]), y[:, :, :3].mul_(2.0))
+    ),
+    "added_rows": lambda x: _written(x, lambda y: y[:, :, ::2].add_(y[:, :, 1::2])),
     "unsqueezed": lambda x: x.unsqueeze(1).squeeze(1),
     "batch_mean": lambda x: x - x.mean(0, keepdim=True),
     "einsum_space": lambda x: torch.einsum("bchw->bcwh", x),

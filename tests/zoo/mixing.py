@@ -156,7 +156,43 @@ class ComputedBias(nn.Module):
 _SEQUENCE: Shape = (5, 12)
 _MEANS: dict[str, Shape] = {"v": (9, 12), "o": (12, 9)}
 
+
+class Looked(nn.Module):
+    """Bags of rows that are picked by numbers; some columns of the table are zero."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.table, self.c = nn.EmbeddingBag(5, 8, mode=mode), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.table.weight[:, [0, 3, 4]] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        bags = self.table((x.flatten(1) * 3).to(torch.int64).abs().clamp(max=4))
+        return self.c(bags) + x.mean()
+
+
+class Pairs(nn.Module):
+    """A bilinear layer of two values; some channels of each, and some of its own, are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.pair = nn.Linear(6, 8), nn.Linear(6, 7), nn.Bilinear(8, 7, 5)
+        self.c = nn.Linear(5, 4)
+        dead(self.a, [0, 3])
+        dead(self.b, [1, 2, 6])
+        dead(self.pair, [4])
+        with torch.no_grad():
+            self.pair.weight[:, 5] = 0  # nobody reads it
+            self.pair.weight[:, :, 0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.pair(self.a(x).relu(), self.b(x).tanh()))
+
+
 MIXING: dict[str, Structure] = {
+    "a bilinear layer": (Pairs, (6,), {"a": (5, 6), "b": (3, 6), "pair": (4, 5, 3), "c": (4, 4)}),
+    "a bag of rows": (lambda: Looked("mean"), (6,), {"table": (5, 5), "c": (4, 5)}),
+    "the most of a bag": (lambda: Looked("max"), (6,), {"table": (5, 5), "c": (4, 5)}),
     "channel attention": (
         ChannelAttention, (3, 6, 6), {"a": (5, 3, 1, 1), "c": (4, 5, 1, 1), "along": (1, 1, 3)},
     ),

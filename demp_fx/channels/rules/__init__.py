@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import torch
 
-from demp_fx.channels.custom import written
 from demp_fx.channels.rules import (
+    bilinear,
+    complex,
     contract,
     convolution,
     couple,
     join,
+    made,
     move,
     norm,
     pick,
     pointwise,
     recurrent,
+    scatter,
+    windows,
 )
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -28,11 +32,16 @@ RULES: dict[str, Rule] = {
     **join.RULES,
     **pick.RULES,
     **pointwise.RULES,
+    **made.RULES,
     **contract.RULES,
     **convolution.RULES,
     **norm.RULES,
     **couple.RULES,
     **recurrent.RULES,
+    **complex.RULES,
+    **bilinear.RULES,
+    **scatter.RULES,
+    **windows.RULES,
 }
 
 
@@ -50,10 +59,4 @@ def rule_of(op: torch._ops.OpOverload) -> Rule:
 
 def opaque(walk: Stream, call: Call) -> None:
     """An op that has no row: everything it touches stays as it is, and the report says so."""
-    for tensor in call.tensors:
-        for label in walk.value(tensor).labels:
-            walk.pin(call, label, f"{call.op._schema.name} is not known to keep channels apart")
-    for tensor in written(call.op, call.args, call.kwargs):
-        walk.value(tensor).known = None
-    for out in call.outputs:
-        walk.give(out, ())
+    walk.leave(call, f"{call.op._schema.name} is not known to keep channels apart")

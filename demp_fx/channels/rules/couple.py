@@ -12,6 +12,7 @@ from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
 from demp_fx.channels.rules.known import zero_at
+from demp_fx.channels.rules.pointwise import aligned
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
@@ -128,7 +129,7 @@ def _constants(
     walk: Stream, call: Call, facts: Facts | None, keeps: str | None, place: dict[int, int],
     out: Tensor,
 ) -> Facts | None:  # fmt: skip
-    if facts is None or keeps is None or not out.is_floating_point():
+    if facts is None or keeps is None or not (out.is_floating_point() or out.is_complex()):
         return None
     mixed = [d for d in range(facts.known.dim()) if d not in place and facts.known.size(d) > 1]
     if mixed:  # zeros all along the dims that go give zeros, whatever the op
@@ -161,7 +162,8 @@ def _uneven(call: Call) -> bool:
 
 
 def embedding(walk: Stream, call: Call) -> None:
-    """Rows are picked by data: they stay. Columns are the channels of the result."""
+    """Rows are picked by data: they stay. Columns are the channels of the result. Bags of rows sum
+    them up, or pick from them."""
     weight, out = call.args[0], call.outputs[0]
     labels = []
     for label in walk.value(weight).labels:
@@ -169,11 +171,35 @@ def embedding(walk: Stream, call: Call) -> None:
             labels.append(label.reshape((1,) * (out.dim() - 1) + (-1,)))
         else:
             walk.pin(call, label, "rows are looked up by data")
+    for other in call.tensors[1:]:
+        for label in walk.value(other).labels:
+            walk.pin(call, label, "tells which rows are looked up")
     facts, table = None, walk.value(weight).data
     silent = walk.empty(table, 1) if walk.with_facts and table is not None else None
     if silent is not None:
         facts = Facts.of(silent, torch.zeros(2, silent.numel(), dtype=torch.float64))
     walk.give(out, tuple(labels), None if facts is None else facts.spread(out.dim(), out.dim() - 1))
+    for counted in call.outputs[1:]:
+        walk.give(counted, ())
+
+
+def sample(walk: Stream, call: Call) -> None:
+    """Numbers are taken from between places in space that a grid names: beyond the border there are
+    zeros, if not the border itself."""
+    x, grid, _, padding = call.args[:4]
+    for label in walk.value(grid).labels:
+        walk.pin(call, label, "tells where numbers are taken from")
+    couple(trailing(x.dim() - 2), "grid_sample", "zero" if padding == 0 else "all")(walk, call)
+
+
+def unpool(walk: Stream, call: Call) -> None:
+    """Numbers go where indices say, each channel's to its own; the rest is zero."""
+    x = call.args[0]
+    before = walk.value(x)
+    walk.relabel(x, aligned(walk, call, x))
+    space = 2 if call.op._schema.name == "aten::max_unpool2d" else 3
+    couple(trailing(space), "max_unpool", "zero")(walk, call)
+    x.__dict__["demp"] = before
 
 
 POOLS = {f"aten::{name}{n}d": couple(trailing(n), name, keeps)
@@ -190,7 +216,9 @@ UPSAMPLE = {f"aten::{name}{n}d": couple(trailing(n), name, "all")
                          "reflection_pad", "replication_pad")}  # fmt: skip
 AA = {f"aten::_upsample_{k}2d_aa": couple(trailing(2), "interpolate", "all")
       for k in ("bilinear", "bicubic")}  # fmt: skip
-MEANS = {f"aten::{name}": couple(named, name, "all") for name in ("mean", "amax", "amin")}
+MEANS = {f"aten::{name}": couple(named, name, "all")
+         for name in ("mean", "amax", "amin", "sort", "topk", "cummax", "cummin", "median",
+                      "nanmedian", "kthvalue", "mode")}  # fmt: skip
 SUMS = {f"aten::{name}": couple(named, name, "zero")
         for name in ("sum", "norm", "linalg_vector_norm", "cumsum", "cumprod", "prod", "any",
                      "var", "std", "var_mean", "std_mean")}  # fmt: skip
@@ -200,5 +228,8 @@ OTHERS = {f"aten::{name}": couple(named, name, None)
 
 RULES: dict[str, Rule] = {
     **POOLS, **WITH_INDICES, **UPSAMPLE, **AA, **MEANS, **SUMS, **OTHERS,
-    "aten::embedding": embedding,
+    **dict.fromkeys(("aten::embedding", "aten::_embedding_bag",
+                     "aten::_embedding_bag_forward_only"), embedding),
+    **dict.fromkeys(("aten::grid_sampler_2d", "aten::grid_sampler_3d"), sample),
+    **dict.fromkeys(("aten::max_unpool2d", "aten::max_unpool3d"), unpool),
 }  # fmt: skip

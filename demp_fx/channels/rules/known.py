@@ -17,23 +17,31 @@ def constants(
 ) -> Facts | None:  # fmt: skip
     """Outputs that depend on constants only: their weights on every unknown input are zero."""
     found = _computed(walk, a, b, result, bias, padded, read)
-    for one, other in ((a, b), (b, a)) if bias is None else ():
+    for one, other in ((a, b), (b, a)) if bias is None and not padded else ():
         average = _averaged(walk, one, other, result)
         found = found if average is None else average.under(found)
     return found
 
 
 def _averaged(walk: Stream, a: Operand, b: Operand, result: str) -> Facts | None:
-    """Constants of `b` that do not vary along the summed dim, where `a` holds shares along it."""
+    """Constants of `b` that do not vary along the summed dim, where `a` holds shares along it.
+
+    A kernel of several taps adds several averages up, and what it does to space no letter tells.
+    """
     facts, shares = walk.value(b.tensor).facts, walk.value(a.tensor).shares
     if facts is None or shares is None or (summed := a.letters[shares]) in result:
+        return None
+    space = [d for d, x in enumerate(b.letters) if x not in result and x != summed]
+    sizes = [b.tensor.size(d) for d in space]
+    sizes += [n for n, x in zip(a.tensor.shape, a.letters, strict=True) if x == "*"]
+    if summed not in b.letters or any(n > 1 for n in sizes):
         return None
     facts = facts.aligned(len(b.letters))
     first = facts.map(lambda t: t.narrow(b.dim(summed), 0, 1))
     flat = first.flat & (facts.flat & (facts.values == first.values).all(0)).all(
         b.dim(summed), keepdim=True
     )
-    order = [b.dim(x) for x in result if x in b.letters] + [b.dim(summed)]
+    order = [b.dim(x) for x in result if x in b.letters] + [b.dim(summed), *space]
 
     def placed(t: Tensor) -> Tensor:
         sizes = iter(t.permute(order).shape)
@@ -125,12 +133,13 @@ def zero_at(facts: Facts, label: Tensor) -> Tensor:
 
 
 def offset_of(walk: Stream, bias: Tensor | None, size: int) -> Tensor | None:
+    """The numbers of a bias; nan where they are not known."""
     if bias is None:
         return torch.zeros(size, dtype=torch.float64)
     facts = walk.value(bias).facts
     if facts is None or facts.known.dim() != 1:
         return None
-    return facts.values[0].expand(size)
+    return torch.where(facts.known, facts.values[0], torch.nan).expand(size)
 
 
 def outputs_known(

@@ -167,6 +167,17 @@ def pad(walk: Stream, call: Call) -> None:
     walk.give(out, tuple(labels), kept)
 
 
+def expand(walk: Stream, call: Call) -> None:
+    """What has one entry along a dim gets it many times."""
+    move(walk, call)
+    x, out = call.args[0], call.outputs[0]
+    if walk.follows:
+        lead = out.dim() - x.dim()
+        walk.value(out).blank = frozenset(
+            d for d, n in enumerate(out.shape) if n > 1 and (d < lead or x.size(d - lead) == 1)
+        )
+
+
 def pixel_shuffle(walk: Stream, call: Call) -> None:
     """Some channels next to each other become the places of one: they go together."""
     move(walk, call)
@@ -218,6 +229,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(REARRANGE, move),
     "aten::pixel_shuffle": pixel_shuffle,
     "aten::diagonal": diagonal,
+    "aten::expand": expand,
     "aten::as_strided_": _restride,
     "aten::as_strided": _refuse,
 }

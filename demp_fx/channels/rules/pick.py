@@ -20,7 +20,7 @@ def index(walk: Stream, call: Call) -> None:
     x = call.args[0]
     given = call.args[1] if isinstance(call.args[1], (list, tuple)) else None
     picks = [call.args[2]] if given is None else [i for i in given if i is not None]
-    dims = [call.args[1] % x.dim()] if given is None else _indexed(given)
+    dims = [call.args[1] % x.dim()] if given is None else indexed(given)
     numbers = [_content(walk, i) for i in picks]
     for i in picks:
         for label in walk.value(i).labels:
@@ -46,7 +46,7 @@ def index(walk: Stream, call: Call) -> None:
     x.__dict__["demp"] = before
 
 
-def _indexed(given: Sequence[Tensor | None]) -> list[int]:
+def indexed(given: Sequence[Tensor | None]) -> list[int]:
     """Which dims a list of indices is about; a mask takes as many as it has."""
     dims, at = [], 0
     for i in given:
@@ -81,8 +81,21 @@ def gather(walk: Stream, call: Call) -> None:
     walk.give(out, labels, kept)
 
 
+def ranked(walk: Stream, call: Call) -> None:
+    """The place of each number in a sorted list, the same one for all of them."""
+    x, out = call.arg("self"), call.outputs[0]
+    lists = [t for t in call.tensors if t is not x]
+    passes = isinstance(x, Tensor) and all(t.dim() == 1 for t in lists)
+    for t in lists if passes else call.tensors:
+        for label in walk.value(t).labels:
+            walk.pin(call, label, "its places in a sorted list are looked up")
+    walk.give(out, walk.value(x).labels if passes else ())
+
+
 RULES: dict[str, Rule] = {
     "aten::index": index,
     "aten::index_select": index,
     "aten::gather": gather,
+    "aten::bucketize": ranked,
+    "aten::searchsorted": ranked,
 }

@@ -22,17 +22,12 @@ COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten:
           "aten::detach_"}  # fmt: skip
 # Elementwise, though the dispatcher does not say so.
 UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
-            "aten::log_sigmoid_forward", "aten::rrelu_with_noise"}  # fmt: skip
+            "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::complex",
+            "aten::polar"}  # fmt: skip
 # Autograd functions of other packages that are elementwise, by class.
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
-# Results of the operand's shape that hold none of its numbers.
-LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
-        "aten::rand_like", "aten::randn_like", "aten::bernoulli", "aten::bernoulli_",
-        "aten::bernoulli.p", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_",
-        "aten::exponential_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
-        "aten::random_"}  # fmt: skip
 
 
 def pointwise(walk: Stream, call: Call) -> None:
@@ -53,13 +48,14 @@ def pointwise(walk: Stream, call: Call) -> None:
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     """The labels of the result of an elementwise op, every operand's tied to them."""
     rank = out.dim()
+    _adopted(walk, call, rank)
     operands = [(t, walk.value(t).labels) for t in call.tensors]
     merged: dict[tuple[int, ...], Tensor] = {}
     made: set[tuple[int, ...]] = set()  # by something else than a table of the model's
     tables = [v.table or v.data is not None for v in map(walk.value, call.tensors)]
-    for (tensor, labels), table in zip(operands, tables, strict=True):
+    for (_, labels), table in zip(operands, tables, strict=True):
         for label in labels:
-            label = label.reshape((1,) * (rank - tensor.dim()) + label.shape)
+            label = _aligned(label, rank)
             key = varying(label)
             made |= set() if table else {key}
             if key in merged:
@@ -90,6 +86,27 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     return tuple(label for key, label in merged.items() if key not in covered)
 
 
+def _adopted(walk: Stream, call: Call, rank: int) -> None:
+    """Where an operand holds the same along an axis for as many channels as it meets (a constant,
+    or what was expanded), it takes their labels."""
+    found = {
+        varying(label): label
+        for tensor in call.tensors
+        for label in (_aligned(x, rank) for x in walk.value(tensor).labels)
+    }
+    for tensor in call.tensors if found else ():
+        value, lead = walk.value(tensor), rank - tensor.dim()
+        own = {d for label in value.labels for d in varying(label)}
+        flat = {d + lead for d in value.blank - own if tensor.size(d) > 1}
+        new = [x.reshape(x.shape[lead:]) for key, x in found.items() if key and set(key) <= flat]
+        if new and len({d for x in new for d in varying(x)}) == sum(len(varying(x)) for x in new):
+            walk.relabel(tensor, (*value.labels, *new))
+
+
+def _aligned(label: Tensor, rank: int) -> Tensor:
+    return label.reshape((1,) * (rank - label.dim()) + label.shape)
+
+
 def _blockwise(
     walk: Stream, call: Call, blocks: Tensor, other: Tensor, dims: tuple[int, ...]
 ) -> None:
@@ -110,11 +127,11 @@ def _blockwise(
 
 def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """Run the op on what is known of its operands (a product with a known zero is zero)."""
-    if not out.is_floating_point():
+    if not (out.is_floating_point() or out.is_complex()):
         return None
     found = [walk.value(t).facts for t in call.tensors]
     if call.op._schema.name == "aten::where" and found[0] is None and len(found) == 3:
-        return _either(found[1], found[2], out)
+        return either(found[1], found[2], out)
     facts = [f for f in found if f is not None]
     if not facts:
         return None
@@ -131,11 +148,11 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
         known, values = known | zero, torch.where(zero, 0.0, values)
     elif len(facts) == 1:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
-    result = Facts.of(known & values.isfinite().all(0), values)
+    result = Facts.of(known, values)
     return None if result is None else result.aligned(out.dim())
 
 
-def _either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
+def either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
     """One of two values, nobody knows which: known where they agree."""
     if a is None or b is None:
         return None
@@ -154,21 +171,23 @@ def _annihilated(facts: list[Facts], out: Tensor) -> Facts | None:
 
 
 def _run(call: Call, values: list[Tensor], moved: float = 0.0) -> Tensor:
-    """The op on real numbers in the places of its tensor operands, in both modes; `moved`: how far
-    from what they are all other numbers are taken to be."""
+    """The op on numbers in the places of its tensor operands, in both modes; nan where they are no
+    longer real. `moved`: how far from what they are all other numbers are taken to be."""
     feed = iter(values)
 
     def swap(a: Any) -> Any:
         if isinstance(a, (list, tuple)):
             return [swap(x) for x in a]
-        if isinstance(a, Tensor):
-            return next(feed).clone()
-        return a + moved if moved and type(a) in (int, float) else a
+        if not isinstance(a, Tensor):
+            return a + moved if moved and type(a) in (int, float) else a
+        return next(feed).to(torch.complex128 if a.is_complex() else torch.float64, copy=True)
 
     args = [swap(a) for a in call.args]
     kwargs = {k: swap(a) for k, a in call.kwargs.items() if k not in ("device", "dtype")}
     result = call.op(*args, **kwargs)
     first: Tensor = result if isinstance(result, Tensor) else result[0]
+    if first.is_complex():
+        first = torch.where(first.imag == 0, first.real, torch.nan)
     return first.to(torch.float64)
 
 
@@ -195,22 +214,30 @@ def copy(walk: Stream, call: Call) -> None:
     value, out = walk.value(call.tensors[0]), call.outputs[0]
     facts, data = value.facts if walk.with_facts else None, value.data
     if out.dtype != call.tensors[0].dtype:
-        data = None
-        if facts is not None:
-            rounded = facts.values.to(out.dtype).real.to(torch.float64)
-            facts = Facts.of(facts.known, rounded) if not bool(facts.profile.any()) else None
+        data, facts = None, _rounded(facts, out)
     walk.moves += 1
     walk.give(out, value.labels, facts, data)
 
 
-def like(walk: Stream, call: Call) -> None:
-    """The result has the operand's channels and numbers of its own."""
-    walk.give(call.outputs[0], walk.value(call.tensors[0]).labels)
+def overwrite(walk: Stream, call: Call) -> None:
+    """`x.copy_(source)`: elementwise, and nothing of what `x` held is left."""
+    out, source = call.args[:2]
+    labels = aligned(walk, call, out)
+    facts = walk.value(source).facts if walk.with_facts else None
+    facts = _rounded(facts, out) if out.dtype != source.dtype else facts
+    walk.give(out, labels, None if facts is None else facts.aligned(out.dim()))
+
+
+def _rounded(facts: Facts | None, out: Tensor) -> Facts | None:
+    """Facts of numbers that are now of another dtype."""
+    if facts is None or bool(facts.profile.any()):
+        return None
+    return Facts.of(facts.known, facts.values.to(out.dtype).real.to(torch.float64))
 
 
 RULES: dict[str, Rule] = {
     "aten::glu": glu,
+    "aten::copy_": overwrite,
     **dict.fromkeys(UNTAGGED | FUNCTIONS, pointwise),
     **dict.fromkeys(COPIES, copy),
-    **dict.fromkeys(LIKE, like),
 }

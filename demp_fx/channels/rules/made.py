@@ -1,0 +1,47 @@
+"""Tensors that code makes: one number everywhere, or random ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.stream import Rule, Stream
+from demp_fx.channels.value import Call
+
+# Results of the operand's shape that hold none of its numbers.
+LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_like",
+        "aten::rand_like", "aten::randn_like", "aten::bernoulli", "aten::bernoulli_",
+        "aten::bernoulli.p", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_",
+        "aten::exponential_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
+        "aten::random_"}  # fmt: skip
+FILLS = {"aten::zeros", "aten::ones", "aten::full",
+         "aten::new_zeros", "aten::new_ones", "aten::new_full"}  # fmt: skip
+NUMBERS = {"zeros": 0.0, "zero_": 0.0, "ones": 1.0}
+
+
+def like(walk: Stream, call: Call) -> None:
+    """The result has the operand's channels and numbers of its own."""
+    out = call.outputs[0]
+    walk.give(out, walk.value(call.tensors[0]).labels, _one_number(walk, call, out))
+
+
+def fill(walk: Stream, call: Call) -> None:
+    """One number everywhere, in a shape that code has worked out: it has no channels yet, and if
+    that shape follows others it can have those that it meets."""
+    out = call.outputs[0]
+    walk.give(out, (), _one_number(walk, call, out) if walk.follows else None)
+    if walk.follows:
+        walk.value(out).blank = frozenset(range(out.dim()))
+
+
+def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
+    """What is known of a constant."""
+    name = call.op._schema.name.removeprefix("aten::").removeprefix("new_").removesuffix("_like")
+    number = NUMBERS.get(name, call.arg("fill_value"))
+    if not isinstance(number, (int, float)) or not walk.with_facts or not out.is_floating_point():
+        return None
+    return Facts.exactly(torch.tensor(number, dtype=out.dtype)).aligned(out.dim())
+
+
+RULES: dict[str, Rule] = {**dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill)}
