@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 
-from demp_fx.tracing import structure
+from demp_fx.tracing import regions, structure
 from demp_fx.tracing.source import traced_line
 
 aten = torch.ops.aten
@@ -40,6 +40,7 @@ def prune(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and node.op in ("get_attr", "call_function") and not _acts(node.target):
             graph.erase_node(node)
+    regions.drop_empty(graph)
 
 
 def _acts(target: Any) -> bool:
@@ -172,15 +173,16 @@ class _Lowering:
         return [p for p in pieces if not isinstance(p, fx.Node) or p.meta["val"].shape != (0,)]
 
     def _subgraph(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """The nodes of a region under `torch.no_grad` or a switched-off autocast, in line."""
+        """The nodes of a region without gradients or under autocast, between its two ends."""
         target: Any = node.target
-        args = [self._argument(a, env) for a in node.args]
+        args: Any = [self._argument(a, env) for a in node.args]
         if target is torch.ops.higher_order.wrap_with_set_grad_enabled:
             enabled, body, *operands = args
-            leave: Callable[[Any], Any] = (lambda a: a) if enabled else self._detached
-        elif target is torch.ops.higher_order.wrap_with_autocast and args[2] is False:
-            body, operands = args[4], args[5:]
-            leave = lambda a: a  # noqa: E731
+            region = regions.enter(self.graph, torch.set_grad_enabled, (enabled,))
+        elif target is torch.ops.higher_order.wrap_with_autocast:
+            *given, body = args[:5]
+            operands = args[5:]
+            region = regions.enter(self.graph, torch.autocast, tuple(given))
         else:
             raise NotImplementedError(f"the higher-order op {target}")
         inner: dict[fx.Node, Any] = {}
@@ -189,17 +191,11 @@ class _Lowering:
             if n.op == "placeholder":
                 inner[n] = next(feed)
             elif n.op == "output":
-                return [leave(self._argument(a, inner)) for a in n.args[0]]
+                regions.leave(self.graph, region[0])
+                return [self._argument(a, inner) for a in n.args[0]]
             else:
                 inner[n] = self._node(n, body, inner)
         raise AssertionError("a graph without an output")
-
-    def _detached(self, value: Any) -> Any:
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
-            return value
-        made = self.graph.call_function(aten.detach.default, (value,))
-        made.meta = dict(value.meta)
-        return made
 
 
 def _first_names(model: nn.Module) -> dict[int, str]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from demp_fx.tracing.regions import as_blocks
+
 
 @dataclass(frozen=True)
 class TraceNotes:
@@ -121,6 +123,7 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
             _place(str(node.target), places)
     _mirror(root, module, {})
     module._graph, graph.owning_module = graph, module
+    graph.on_generate_code(lambda _: as_blocks)
     for generated in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
         module.__dict__.pop(generated, None)
     type(module).forward = _Pending(module)  # type: ignore[assignment]

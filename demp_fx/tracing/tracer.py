@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.expressions import Expression, expression_of
 from demp_fx.tracing.functions import ATEN, as_nodes, aten_as_nodes, batch_norms_in_parts
 from demp_fx.tracing.preserve import preserved
+from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
     UNKNOWN,
@@ -79,7 +80,10 @@ class Tracer(fx.Tracer):
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
-        with preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts():
+        with (
+            preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
+            regions_as_nodes(self),
+        ):  # fmt: skip
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = None
@@ -87,6 +91,7 @@ class Tracer(fx.Tracer):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
             if not node.users and (node.op == "get_attr" or node.target in _PURE):
                 graph.erase_node(node)
+        drop_empty(graph)
         return graph
 
     def create_args_for_root(
