@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import types
 import warnings
 from typing import Any
@@ -434,6 +436,52 @@ def test_sizes_steer_python_as_they_do_in_eager() -> None:
     torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
     torch.testing.assert_close(graph(x[:1]), model(x[:1]), rtol=0, atol=1e-12)
     assert any("if y.shape[-1] % 2" in note for note in graph.meta["demp_fx"].baked)
+
+
+MAKES: dict[str, Any] = {
+    "tensor": lambda x: x * torch.tensor([2.0], dtype=x.dtype),
+    "full": lambda x: x + torch.full((x.shape[0], 1), 1.0, dtype=x.dtype),
+    "arange": lambda x: x + (torch.arange(x.shape[0])[:, None] > 1),
+    "ones": lambda x: x * torch.ones(4, dtype=x.dtype, device=x.device),
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_dtype_is_known_behind_tensors_that_the_code_makes(name: str) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = MAKES[name](x)
+            return x if x.dtype == torch.float64 else x.double()
+
+    torch.testing.assert_close(demp_fx.trace(Asks(), X)(X), Asks()(X))
+
+
+def test_tracing_leaves_torchs_lists_of_its_functions_as_they_are() -> None:
+    code = """if True:
+        import torch, demp_fx
+
+        class Makes(torch.nn.Module):
+            def forward(self, x):
+                return x + torch.ones(4) if x.dim() == 2 else x
+
+        demp_fx.trace(Makes(), torch.ones(3, 4))
+        with torch.device("meta"):
+            print(torch.ones(3).device, torch.overrides.resolve_name(torch.relu))
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "meta torch.relu\n"
+
+
+def test_limits_of_a_dtype_follow_the_dtype() -> None:
+    class Masks(nn.Module):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            x = x.masked_fill(x > 1, torch.finfo(x.dtype).min)
+            return x + (ids == torch.iinfo(ids.dtype).max)
+
+    graph = demp_fx.trace(Masks(), (X, X.long()))
+    assert not graph.meta["demp_fx"].exported
+    for inputs in ((X, X.long()), (X.float(), X.int())):
+        torch.testing.assert_close(graph(*inputs), Masks()(*inputs), rtol=0, atol=0)
 
 
 def test_wrapped_functions_are_looked_through_where_possible() -> None:

@@ -19,7 +19,9 @@ from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _get_overridable_functions
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 
 from demp_fx.expressions import batch_norm
 
@@ -74,13 +76,18 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+# Limits of a dtype: classes, which know nothing of proxies.
+_LIMITS = (torch.finfo, torch.iinfo)
 # ATen's own functions refuse a proxy as a size or a flag before they ask it to take over.
 _RECORDED: dict[types.ModuleType, dict[str, Any]] = {
     module: {
         name: _recorded(function)
         for name, function in vars(module).items()
-        if isinstance(function, types.BuiltinFunctionType)
-        and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+        if function in _LIMITS
+        or (
+            isinstance(function, types.BuiltinFunctionType)
+            and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+        )
     }
     for module in (torch, F)
 }
@@ -90,6 +97,8 @@ ATEN = {id(vars(module)[name]) for module, table in _RECORDED.items() for name i
 @contextmanager
 def aten_as_nodes() -> Iterator[None]:
     """Meanwhile ATen's functions of proxies are nodes, where they are called as torch's."""
+    for listed in (_device_constructors, _get_overridable_functions):
+        listed()  # torch lists its functions once, for good: not while others stand in for them
     with ExitStack() as stack:
         for module, recorded in _RECORDED.items():
             table = vars(module)
