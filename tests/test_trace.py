@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
 import types
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 import demp_fx
+from demp_fx.emit.module import source
 from demp_fx.errors import TraceError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.trace import trace_graph
@@ -202,6 +205,26 @@ def test_every_node_knows_its_line(net: Net) -> None:
     assert int(line) == code.co_firstlineno + 2
 
 
+def test_attributes_may_be_called_self() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("self", nn.Linear(4, 4))
+            self.inner = nn.Module()
+            self.inner.register_parameter("self", nn.Parameter(torch.ones(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_submodule("self")(x) * self.inner.self
+
+    model = Named().double()
+    narrow = demp_fx.compile(model, X).module
+    for module in (narrow, copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
+        torch.testing.assert_close(module(X), model(X))
+    space: dict[str, Any] = {"__name__": "written", "__file__": __file__}
+    exec(source(narrow), space)
+    space["model"]().load_state_dict(narrow.state_dict())
+
+
 # --- copies --------------------------------------------------------------------------------------
 
 
@@ -339,6 +362,33 @@ def test_nested_inputs_and_outputs() -> None:
     inputs = {"pair": {"a": (X, X)}}
     out = demp_fx.trace(Nested(), inputs)(**inputs)
     torch.testing.assert_close(out, {"sum": 2 * X, "all": [X, (X, None)]})
+
+
+@dataclasses.dataclass
+class Result:
+    logits: Tensor
+    hidden: Tensor | None = None
+    calls: int = dataclasses.field(default=0, init=False)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: Result(x, x + 1), lambda x: OrderedDict(out=x, aux=x + 1)]
+)
+def test_an_output_keeps_its_class_and_the_graph_knows_its_tensors(form: Any) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Any:
+            return form(self.linear(x))
+
+    graph = demp_fx.trace(Returns(), X)
+    assert type(graph(X)) is type(form(X))
+    [result] = graph.graph.output_node().all_input_nodes
+    assert [node.name for node in result.all_input_nodes] == ["linear", "add"]
+    if type(form(X)) is OrderedDict:  # a class of this test is in no file's reach
+        assert "from collections import OrderedDict" in source(graph)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
     module = TracedModule(nn.Module(), fx.Graph(), class_name)
     places: _Places = {"": (root, module)}
     for node in graph.nodes:
+        if node.name == "self":  # for an attribute of this name: in code it is the module
+            node._rename("self_")
         if node.op in ("get_attr", "call_module"):
             _place(str(node.target), places)
     _mirror(root, module, {})

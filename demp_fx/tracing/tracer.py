@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
 import operator
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -250,6 +252,11 @@ class Tracer(fx.Tracer):
                 return self.create_node("get_attr", self.names[id(a)], (), {})
             if a.grad_fn is not None:
                 raise TypeError("a tensor computed from parameters in a way that cannot be traced")
+        if dataclasses.is_dataclass(kind):  # what transformers return is a dictionary as well
+            named = {f.name: getattr(a, f.name) for f in dataclasses.fields(kind) if f.init}
+            return self.create_node("call_function", kind, (), self.create_arg(named))
+        if kind is OrderedDict:
+            return self.create_node("call_function", kind, (self.create_arg(dict(a)),), {})
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
