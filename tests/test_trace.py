@@ -580,6 +580,24 @@ def untraceable(x: Tensor) -> Tensor:
     return x * 2 if x.sum() > 0 else x
 
 
+def test_modules_that_the_forward_makes_are_functions() -> None:
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("weight", torch.rand(4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x = nn.Sequential(nn.ReLU(), nn.Softmax(dim=1))(self.linear(x))
+            return nn.CrossEntropyLoss(self.weight)(x, y) + nn.Dropout(0.0)(x).sum()
+
+    model = Makes().double().eval()
+    inputs = X, torch.arange(6) % 4
+    graph = demp_fx.trace(model, inputs)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(*inputs), model(*inputs))
+
+
 # --- what cannot be traced -----------------------------------------------------------------------
 
 

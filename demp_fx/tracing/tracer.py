@@ -132,7 +132,7 @@ class Tracer(fx.Tracer):
         return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.values.busy:
+        if self.values.busy or self._is_function(m):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         expression = self._expression(m)
@@ -163,6 +163,12 @@ class Tracer(fx.Tracer):
             except Exception:  # its arguments cannot be in a graph: left to the caller
                 del self.opaque[name]
                 raise error from None
+
+    def _is_function(self, module: nn.Module) -> bool:
+        """Whether the forward has made it for this call, without tensors of its own."""
+        if module in self.modes:
+            return False
+        return all(isinstance(t, fx.Proxy) for t in (*module.parameters(), *module.buffers()))
 
     def _expression(self, module: nn.Module) -> Expression | None:
         kind = type(module)
