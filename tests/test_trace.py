@@ -103,6 +103,45 @@ def test_a_cache_that_the_forward_fills_is_not_touched() -> None:
     torch.testing.assert_close(graph(X), model(X))
 
 
+class Remembers(nn.Module):
+    """Keeps averages in buffers, and a loss and a buffer of another shape in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        for name, shape in {"average": (8,), "calls": (), "last": (1,)}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        with torch.no_grad():
+            self.linear.weight[:4] = self.linear.bias[:4] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).relu()
+        self.average = 0.9 * self.average + 0.1 * h.mean(0)
+        self.calls = self.calls + 1
+        self.last = h
+        self.loss = h.square().mean()
+        return self.head(h - self.average)
+
+
+def test_buffers_that_the_forward_assigns_are_written() -> None:
+    model = Remembers().double()
+    narrow = demp_fx.compile(model, X).module
+    assert (model.calls, narrow.calls) == (0, 0)
+    for x in (X, X + 1):
+        torch.testing.assert_close(narrow(x), model(x))
+        torch.testing.assert_close(narrow.calls, model.calls)
+        torch.testing.assert_close(narrow.average, model.average)
+
+
+def test_what_else_the_forward_assigns_is_noted() -> None:
+    notes = demp_fx.trace(Remembers().double(), X).meta["demp_fx"].baked
+    assert ["`last`" in note for note in notes] == [True, False]
+    line = Remembers.forward.__code__.co_firstlineno + 5
+    assert notes[1].startswith(
+        f"{__file__}:{line}: `self.loss = h.square().mean()` computes `loss`"
+    )
+
+
 def test_one_graph_follows_train_and_eval(net: Net) -> None:
     graph = demp_fx.trace(net, X)
     assert {"blocks.0.training", "blocks.1.training"} <= set(targets(graph))

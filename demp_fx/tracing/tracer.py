@@ -77,7 +77,8 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
         self.names: dict[int, str] = {}
-        for name, tensor in named_state(root):
+        self.state = dict(named_state(root))
+        for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
@@ -99,7 +100,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        self.values = Values(self.root, self.graph, self.modes, self.flags)
+        self.values = Values(self.root, self.graph, self.modes, self.flags, self.state)
         code = inspect.unwrap(root_fn).__code__
         self.entry = f"{code.co_filename}:{code.co_firstlineno}"
         arguments = self.bound.arguments
@@ -115,7 +116,25 @@ class Tracer(fx.Tracer):
         expression = None if _hooked(self.root) else expression_of(self.root)
         # _call_impl, not forward: it runs the root's hooks, and a forward set on the instance.
         call = functools.partial(expression, self.root) if expression else self.root._call_impl
-        return functools.partial(call, *self.bound.args, **self.bound.kwargs), []
+        return functools.partial(self._run, call), []
+
+    def _run(self, forward: Callable[..., Any]) -> Any:
+        result = forward(*self.bound.args, **self.bound.kwargs)
+        for module, flag in self.flags.items():
+            prefix = flag.target.removesuffix("training")
+            for name, value in (*module._buffers.items(), *vars(module).items()):
+                if isinstance(value, fx.Proxy) and value is not flag and not value.node._erased:
+                    self._keep(prefix + name, value)
+        return result
+
+    def _keep(self, name: str, value: fx.Proxy) -> None:
+        """Write what the forward has assigned to an attribute into the buffer that it is."""
+        old, new = self.state.get(name), self.values.of(value)
+        if all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):
+            self.create_proxy("get_attr", name, (), {}).copy_(value.detach())
+        else:
+            line = quoted(value.node.meta["source"])
+            self.baked[f"{line} computes `{name}`, which the result does not keep"] = None
 
     def _placeholder(self, name: str, value: Any) -> Any:
         """A proxy for an argument with tensors in it; any other is an argument without effect."""
@@ -314,6 +333,10 @@ class Tracer(fx.Tracer):
 def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap."""
     return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+
+
+def _form(tensor: Any) -> Any:
+    return tensor.shape, tensor.dtype
 
 
 def _has_state(module: nn.Module) -> bool:
