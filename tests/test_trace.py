@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.utils import parametrizations
 
 import demp_fx
@@ -551,14 +552,18 @@ def test_tracing_leaves_torchs_lists_of_its_functions_as_they_are() -> None:
 
         class Makes(torch.nn.Module):
             def forward(self, x):
+                x = torch.distributions.Normal(x, 1.0).rsample()
                 return x + torch.ones(4) if x.dim() == 2 else x
 
         demp_fx.trace(Makes(), torch.ones(3, 4))
         with torch.device("meta"):
             print(torch.ones(3).device, torch.overrides.resolve_name(torch.relu))
+        compiled = torch.compile(lambda x: x.relu() + torch.narrow(x, 0, 0, 1), fullgraph=True,
+                                 backend="eager")
+        print(compiled(torch.ones(2)).tolist())
     """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "meta torch.relu\n"
+    assert ran.stdout == "meta torch.relu\n[2.0, 2.0]\n"
 
 
 def test_limits_of_a_dtype_follow_the_dtype() -> None:
@@ -674,6 +679,67 @@ def test_an_untraceable_submodule_stays_whole() -> None:
     for x in (X, -X):
         torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
     assert graph.train().get_submodule("inner").training
+
+
+READS: dict[str, Any] = {
+    "item": lambda x: x * x.abs().max().item(),
+    "tolist": lambda x: x + x.mean().tolist(),
+    "numpy": lambda x: x + x.mean().numpy().item(),
+    "one_hot": lambda x: F.one_hot((x > 0).long()) * x.unsqueeze(-1),
+    "repeat_interleave": lambda x: x.repeat_interleave((x[:, 0] > 0) + 1, 0),
+    "vmap": lambda x: torch.vmap(lambda row: row * 2)(x),
+}
+
+
+class Tail(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_submodule_that_reads_numbers_stays_whole_and_a_model_is_refused(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4).double(), Tail(READS[name]))
+    model.requires_grad_(False)
+    narrow = demp_fx.compile(model, X).module
+    assert list(narrow.meta["demp_fx"].opaque) == ["1"]
+    torch.testing.assert_close(narrow(X), model(X))
+    with pytest.raises(TraceError, match="Move these lines into a submodule"):
+        demp_fx.trace(Tail(READS[name]), X)
+
+
+def test_sizes_that_are_given_need_no_numbers() -> None:
+    def sized(x: Tensor) -> Tensor:
+        repeats = torch.tensor([1, 2] * 3)
+        x = F.one_hot((x > 0).long(), 3) * x.repeat_interleave(2, 1)[:, :4].unsqueeze(-1)
+        return x.repeat_interleave(repeats, 0, output_size=9)
+
+    graph = demp_fx.trace(Tail(sized), X)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X), sized(X))
+
+
+SAMPLES: dict[str, Any] = {
+    "log_prob": lambda x: Normal(x, x.exp()).log_prob(x + 1),
+    "rsample": lambda x: Normal(x, x.exp()).rsample(),
+    "samples": lambda x: Normal(x, x.exp()).rsample((3,)),
+    "entropy": lambda x: Categorical(logits=x).entropy(),
+    "divergence": lambda x: kl_divergence(Normal(x, x.exp()), Normal(x * 0, x * 0 + 1)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_distributions_are_looked_through(name: str) -> None:
+    graph = demp_fx.trace(Tail(SAMPLES[name]), X)
+    assert not graph.meta["demp_fx"].exported
+    for x in (X, tensor(9, 4)):
+        torch.manual_seed(0)
+        expected = SAMPLES[name](x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(graph(x), expected)
 
 
 def test_what_an_attempt_looked_up_can_be_used_after_it() -> None:

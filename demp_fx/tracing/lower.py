@@ -19,6 +19,9 @@ aten = torch.ops.aten
 # What a trace asserts about sizes and types: it held for the example, and need not for others.
 _ASSERTS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range",
             "sym_constrain_range_for_size"}  # fmt: skip
+# What takes numbers out of a tensor, or a size from them: no shapes alone tell what it gives.
+_NUMBERS = {aten.item.default, aten._local_scalar_dense.default,
+            aten.repeat_interleave.self_Tensor, aten.repeat_interleave.Tensor}  # fmt: skip
 _STORED = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _END = 2**63 - 1  # how a slice without an end is written
 
@@ -127,6 +130,10 @@ class _Lowering:
         name = getattr(target, "_opname", "")
         if name in _ASSERTS:
             return None
+        if target in _NUMBERS and node.kwargs.get("output_size") is None:
+            raise NotImplementedError(f"{name} needs the numbers in a tensor")
+        if getattr(target, "__module__", "").startswith("torch._functorch"):
+            raise NotImplementedError("torch.func works on tensors that no graph has")
         args: Any = tuple(self._argument(a, env) for a in node.args)
         kwargs = {k: self._argument(a, env) for k, a in node.kwargs.items()}
         if target is operator.getitem and not isinstance(args[0], fx.Node):

@@ -20,7 +20,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
-from demp_fx.tracing.functions import ATEN, as_nodes, aten_as_nodes, batch_norms_in_parts
+from demp_fx.tracing.functions import (
+    ATEN,
+    as_nodes,
+    aten_as_nodes,
+    batch_norms_in_parts,
+    distributions_of_proxies,
+)
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
@@ -37,6 +43,9 @@ from demp_fx.tracing.values import (
 
 # Methods that take another tensor's sizes, and the same with the sizes spelled out.
 LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+# What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone.
+_NUMBERS = {"item": None, "tolist": None, "numpy": None, "repeat_interleave": "output_size",
+            "one_hot": "num_classes"}  # fmt: skip
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
@@ -85,7 +94,7 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
-            regions_as_nodes(self),
+            distributions_of_proxies(), regions_as_nodes(self),
         ):  # fmt: skip
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
@@ -214,6 +223,7 @@ class Tracer(fx.Tracer):
             if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
                 sizes = tuple(args[1].shape[d] for d in range(model.dim()))
                 return getattr(args[0], LIKE[target])(sizes)
+        self._check_numbers(getattr(target, "__name__", target), args, kwargs)
         if target is torch._assert and self.values.of(args[0]) is True:
             return args[0]  # holds for these sizes, and need not for narrower ones
         if kind == "call_function" and _is_wrapped(target):
@@ -230,6 +240,16 @@ class Tracer(fx.Tracer):
             self._roll_back(mark)
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
+    def _check_numbers(self, name: Any, args: Any, kwargs: Any) -> None:
+        """Refuse what the walk could not run, unless the size that it gives is among its arguments
+        (behind a number, for repetitions)."""
+        if name not in _NUMBERS or _NUMBERS[name] in kwargs:
+            return
+        more = [*args[1:], *kwargs.values()]
+        known = not isinstance(self.values.of(more[0]), Tensor) if more else False
+        if not known:
+            raise TypeError(f"{name} needs the numbers in a tensor")
 
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes
