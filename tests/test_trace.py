@@ -578,6 +578,28 @@ def test_limits_of_a_dtype_follow_the_dtype() -> None:
         torch.testing.assert_close(graph(*inputs), Masks()(*inputs), rtol=0, atol=0)
 
 
+SIZES: dict[str, Any] = {
+    "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
+    "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),
+    "checked": lambda x: x.view(int(x.size(0)), -1) if isinstance(x.size(0), int) else x.view(-1),
+    "plain": lambda x: x * int("3") + len([1, 2]) + int(2.5) + int("11", base=2) + len(x.shape),
+    "types": lambda x: x * isinstance(3, int) * [int].count(type(len(""))) * issubclass(bool, int),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) -> None:
+    class Tail(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return SIZES[name](x)
+
+    graph = demp_fx.trace(Tail(), X)
+    assert not graph.meta["demp_fx"].exported
+    for x in (X, tensor(9, 4)):
+        torch.testing.assert_close(graph(x), Tail()(x))
+    assert not {"len", "int"} & globals().keys()
+
+
 def test_wrapped_functions_are_looked_through_where_possible() -> None:
     class Wrapped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

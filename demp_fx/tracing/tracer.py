@@ -29,6 +29,7 @@ from demp_fx.tracing.functions import (
 )
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
+from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
     UNKNOWN,
@@ -94,7 +95,7 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
-            distributions_of_proxies(), regions_as_nodes(self),
+            distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
         ):  # fmt: skip
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
