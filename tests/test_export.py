@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,7 @@ torch.export.register_dataclass(Result, serialized_type_name="tests.Result")
 
 OUTPUTS: dict[str, Any] = {
     "dict": lambda h: {"a": h, "b": [h * 2, None]},
+    "ordered_dict": lambda h: OrderedDict(out=h, aux=h * 2),
     "tuple": lambda h: (h, (h + 1,)),
     "namedtuple": lambda h: Pair(h, h - 1),
 }

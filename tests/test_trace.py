@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+import subprocess
+import sys
 import types
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.distributions import Categorical, Normal, kl_divergence
 
 import demp_fx
+from demp_fx.emit.module import source
 from demp_fx.errors import TraceError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.trace import trace_graph
@@ -95,6 +101,47 @@ def test_a_cache_that_the_forward_fills_is_not_touched() -> None:
     assert model.seen == [1]
     assert not hasattr(model, "last")
     torch.testing.assert_close(graph(X), model(X))
+
+
+class Remembers(nn.Module):
+    """Keeps averages in buffers, and a loss and a buffer of another shape in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        for name, shape in {"average": (8,), "calls": (), "last": (1,)}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        with torch.no_grad():
+            self.linear.weight[:4] = self.linear.bias[:4] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x).relu()
+        self.average = 0.9 * self.average + 0.1 * h.mean(0)
+        self.calls = self.calls + 1
+        self.last = h
+        self.loss = h.square().mean()
+        return self.head(h - self.average)
+
+
+def test_buffers_that_the_forward_assigns_are_written() -> None:
+    model = Remembers().double()
+    result = demp_fx.compile(model, X)
+    narrow, kept = result.module, result.plan.keep["average"][0]
+    assert (model.calls, narrow.calls) == (0, 0)
+    for x in (X, X + 1):
+        torch.testing.assert_close(narrow(x), model(x))
+        torch.testing.assert_close(narrow.calls, model.calls)
+        torch.testing.assert_close(narrow.average, model.average[kept])
+        assert not model.average[[k for k in range(8) if k not in kept]].any()
+
+
+def test_what_else_the_forward_assigns_is_noted() -> None:
+    notes = demp_fx.trace(Remembers().double(), X).meta["demp_fx"].baked
+    assert ["`last`" in note for note in notes] == [True, False]
+    line = Remembers.forward.__code__.co_firstlineno + 5
+    assert notes[1].startswith(
+        f"{__file__}:{line}: `self.loss = h.square().mean()` computes `loss`"
+    )
 
 
 def test_one_graph_follows_train_and_eval(net: Net) -> None:
@@ -197,6 +244,26 @@ def test_every_node_knows_its_line(net: Net) -> None:
     assert file == __file__
     code = Block.forward.__code__
     assert int(line) == code.co_firstlineno + 2
+
+
+def test_attributes_may_be_called_self() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("self", nn.Linear(4, 4))
+            self.inner = nn.Module()
+            self.inner.register_parameter("self", nn.Parameter(torch.ones(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_submodule("self")(x) * self.inner.self
+
+    model = Named().double()
+    narrow = demp_fx.compile(model, X).module
+    for module in (narrow, copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
+        torch.testing.assert_close(module(X), model(X))
+    space: dict[str, Any] = {"__name__": "written", "__file__": __file__}
+    exec(source(narrow), space)
+    space["model"]().load_state_dict(narrow.state_dict())
 
 
 # --- copies --------------------------------------------------------------------------------------
@@ -338,6 +405,33 @@ def test_nested_inputs_and_outputs() -> None:
     torch.testing.assert_close(out, {"sum": 2 * X, "all": [X, (X, None)]})
 
 
+@dataclasses.dataclass
+class Result:
+    logits: Tensor
+    hidden: Tensor | None = None
+    calls: int = dataclasses.field(default=0, init=False)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda x: Result(x, x + 1), lambda x: OrderedDict(out=x, aux=x + 1)]
+)
+def test_an_output_keeps_its_class_and_the_graph_knows_its_tensors(form: Any) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Any:
+            return form(self.linear(x))
+
+    graph = demp_fx.trace(Returns(), X)
+    assert type(graph(X)) is type(form(X))
+    [result] = graph.graph.output_node().all_input_nodes
+    assert [node.name for node in result.all_input_nodes] == ["linear", "add"]
+    if type(form(X)) is OrderedDict:  # a class of this test is in no file's reach
+        assert "from collections import OrderedDict" in source(graph)
+
+
 @pytest.mark.parametrize(
     ("inputs", "named"), [({"x": X, "z": X}, "'z'"), ({"y": X}, "'x'"), ((X, X, 1, 2), "too many")]
 )
@@ -435,6 +529,78 @@ def test_sizes_steer_python_as_they_do_in_eager() -> None:
     assert any("if y.shape[-1] % 2" in note for note in graph.meta["demp_fx"].baked)
 
 
+MAKES: dict[str, Any] = {
+    "tensor": lambda x: x * torch.tensor([2.0], dtype=x.dtype),
+    "full": lambda x: x + torch.full((x.shape[0], 1), 1.0, dtype=x.dtype),
+    "arange": lambda x: x + (torch.arange(x.shape[0])[:, None] > 1),
+    "ones": lambda x: x * torch.ones(4, dtype=x.dtype, device=x.device),
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_dtype_is_known_behind_tensors_that_the_code_makes(name: str) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = MAKES[name](x)
+            return x if x.dtype == torch.float64 else x.double()
+
+    torch.testing.assert_close(demp_fx.trace(Asks(), X)(X), Asks()(X))
+
+
+def test_tracing_leaves_torchs_lists_of_its_functions_as_they_are() -> None:
+    code = """if True:
+        import torch, demp_fx
+
+        class Makes(torch.nn.Module):
+            def forward(self, x):
+                x = torch.distributions.Normal(x, 1.0).rsample()
+                return x + torch.ones(4) if x.dim() == 2 else x
+
+        demp_fx.trace(Makes(), torch.ones(3, 4))
+        with torch.device("meta"):
+            print(torch.ones(3).device, torch.overrides.resolve_name(torch.relu))
+        compiled = torch.compile(lambda x: x.relu() + torch.narrow(x, 0, 0, 1), fullgraph=True,
+                                 backend="eager")
+        print(compiled(torch.ones(2)).tolist())
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "meta torch.relu\n[2.0, 2.0]\n"
+
+
+def test_limits_of_a_dtype_follow_the_dtype() -> None:
+    class Masks(nn.Module):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            x = x.masked_fill(x > 1, torch.finfo(x.dtype).min)
+            return x + (ids == torch.iinfo(ids.dtype).max)
+
+    graph = demp_fx.trace(Masks(), (X, X.long()))
+    assert not graph.meta["demp_fx"].exported
+    for inputs in ((X, X.long()), (X.float(), X.int())):
+        torch.testing.assert_close(graph(*inputs), Masks()(*inputs), rtol=0, atol=0)
+
+
+SIZES: dict[str, Any] = {
+    "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
+    "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),
+    "checked": lambda x: x.view(int(x.size(0)), -1) if isinstance(x.size(0), int) else x.view(-1),
+    "plain": lambda x: x * int("3") + len([1, 2]) + int(2.5) + int("11", base=2) + len(x.shape),
+    "types": lambda x: x * isinstance(3, int) * [int].count(type(len(""))) * issubclass(bool, int),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) -> None:
+    class Tail(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return SIZES[name](x)
+
+    graph = demp_fx.trace(Tail(), X)
+    assert not graph.meta["demp_fx"].exported
+    for x in (X, tensor(9, 4)):
+        torch.testing.assert_close(graph(x), Tail()(x))
+    assert not {"len", "int"} & globals().keys()
+
+
 def test_wrapped_functions_are_looked_through_where_possible() -> None:
     class Wrapped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -481,6 +647,24 @@ def untraceable(x: Tensor) -> Tensor:
     return x * 2 if x.sum() > 0 else x
 
 
+def test_modules_that_the_forward_makes_are_functions() -> None:
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("weight", torch.rand(4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x = nn.Sequential(nn.ReLU(), nn.Softmax(dim=1))(self.linear(x))
+            return nn.CrossEntropyLoss(self.weight)(x, y) + nn.Dropout(0.0)(x).sum()
+
+    model = Makes().double().eval()
+    inputs = X, torch.arange(6) % 4
+    graph = demp_fx.trace(model, inputs)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(*inputs), model(*inputs))
+
+
 # --- what cannot be traced -----------------------------------------------------------------------
 
 
@@ -518,6 +702,67 @@ def test_an_untraceable_submodule_stays_whole() -> None:
     for x in (X, -X):
         torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
     assert graph.train().get_submodule("inner").training
+
+
+READS: dict[str, Any] = {
+    "item": lambda x: x * x.abs().max().item(),
+    "tolist": lambda x: x + x.mean().tolist(),
+    "numpy": lambda x: x + x.mean().numpy().item(),
+    "one_hot": lambda x: F.one_hot((x > 0).long()) * x.unsqueeze(-1),
+    "repeat_interleave": lambda x: x.repeat_interleave((x[:, 0] > 0) + 1, 0),
+    "vmap": lambda x: torch.vmap(lambda row: row * 2)(x),
+}
+
+
+class Tail(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_submodule_that_reads_numbers_stays_whole_and_a_model_is_refused(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4).double(), Tail(READS[name]))
+    model.requires_grad_(False)
+    narrow = demp_fx.compile(model, X).module
+    assert list(narrow.meta["demp_fx"].opaque) == ["1"]
+    torch.testing.assert_close(narrow(X), model(X))
+    with pytest.raises(TraceError, match="Move these lines into a submodule"):
+        demp_fx.trace(Tail(READS[name]), X)
+
+
+def test_sizes_that_are_given_need_no_numbers() -> None:
+    def sized(x: Tensor) -> Tensor:
+        repeats = torch.tensor([1, 2] * 3)
+        x = F.one_hot((x > 0).long(), 3) * x.repeat_interleave(2, 1)[:, :4].unsqueeze(-1)
+        return x.repeat_interleave(repeats, 0, output_size=9)
+
+    graph = demp_fx.trace(Tail(sized), X)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X), sized(X))
+
+
+SAMPLES: dict[str, Any] = {
+    "log_prob": lambda x: Normal(x, x.exp()).log_prob(x + 1),
+    "rsample": lambda x: Normal(x, x.exp()).rsample(),
+    "samples": lambda x: Normal(x, x.exp()).rsample((3,)),
+    "entropy": lambda x: Categorical(logits=x).entropy(),
+    "divergence": lambda x: kl_divergence(Normal(x, x.exp()), Normal(x * 0, x * 0 + 1)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_distributions_are_looked_through(name: str) -> None:
+    graph = demp_fx.trace(Tail(SAMPLES[name]), X)
+    assert not graph.meta["demp_fx"].exported
+    for x in (X, tensor(9, 4)):
+        torch.manual_seed(0)
+        expected = SAMPLES[name](x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(graph(x), expected)
 
 
 def test_what_an_attempt_looked_up_can_be_used_after_it() -> None:

@@ -164,5 +164,4 @@ def test_eager_attention_and_padding_masks(name: str) -> None:
         return {**network.example(batch, length), "attention_mask": mask}
 
     graph = demp_fx.trace(model, masked(2, 7))
-    assert graph.meta["demp_fx"].exported
     assert_same(graph, model, masked(3, 10))

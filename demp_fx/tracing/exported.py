@@ -24,6 +24,7 @@ from demp_fx.tracing.layers import restore_layers
 from demp_fx.tracing.lower import lower, prune
 from demp_fx.tracing.merge import Version, merge
 from demp_fx.tracing.preserve import preserved
+from demp_fx.tracing.regions import inference_as_no_grad
 from demp_fx.tracing.source import first_line
 from demp_fx.tracing.values import in_mode
 
@@ -101,7 +102,7 @@ class Exporter:
         )
         with (
             preserved(self.model), in_mode(self.model, training), self._known_outputs(),
-            _parameters_in(self.model, self.dtype, dtype), _quiet(),
+            _parameters_in(self.model, self.dtype, dtype), _quiet(), inference_as_no_grad(),
         ):  # fmt: skip
             program = torch.export.export(
                 self.model, *cast, dynamic_shapes=_shapes(self.bound, cast, free), strict=False

@@ -8,6 +8,7 @@ gets one that does not branch on `training`.
 from __future__ import annotations
 
 import functools
+import importlib
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +18,12 @@ import torch
 from torch import fx
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
+from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _get_overridable_functions
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 
 from demp_fx.expressions import batch_norm
 
@@ -74,13 +78,18 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+# Limits of a dtype: classes, which know nothing of proxies.
+_LIMITS = (torch.finfo, torch.iinfo)
 # ATen's own functions refuse a proxy as a size or a flag before they ask it to take over.
 _RECORDED: dict[types.ModuleType, dict[str, Any]] = {
     module: {
         name: _recorded(function)
         for name, function in vars(module).items()
-        if isinstance(function, types.BuiltinFunctionType)
-        and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+        if function in _LIMITS
+        or (
+            isinstance(function, types.BuiltinFunctionType)
+            and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+        )
     }
     for module in (torch, F)
 }
@@ -90,6 +99,10 @@ ATEN = {id(vars(module)[name]) for module, table in _RECORDED.items() for name i
 @contextmanager
 def aten_as_nodes() -> Iterator[None]:
     """Meanwhile ATen's functions of proxies are nodes, where they are called as torch's."""
+    # torch lists its functions once, for good: not while others stand in for them.
+    for listed in (_device_constructors, _get_overridable_functions):
+        listed()
+    importlib.import_module("torch._dynamo")  # which the first dispatch mode would import
     with ExitStack() as stack:
         for module, recorded in _RECORDED.items():
             table = vars(module)
@@ -136,3 +149,20 @@ def batch_norms_in_parts() -> Iterator[None]:
         yield
     finally:
         kinds.forward = whole
+
+
+@contextmanager
+def distributions_of_proxies() -> Iterator[None]:
+    """Meanwhile `torch.distributions` neither look at the numbers that they are given, nor take the
+    sizes of a sample for numbers."""
+
+    def extended(self: Any, sample_shape: Iterable[Any] = ()) -> tuple[Any, ...]:
+        return (*sample_shape, *self._batch_shape, *self._event_shape)
+
+    kind: Any = Distribution
+    checks, shape = kind._validate_args, kind._extended_shape
+    kind._validate_args, kind._extended_shape = False, extended
+    try:
+        yield
+    finally:
+        kind._validate_args, kind._extended_shape = checks, shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 
-from demp_fx.tracing import structure
+from demp_fx.tracing import regions, structure
 from demp_fx.tracing.source import traced_line
 
 aten = torch.ops.aten
 # What a trace asserts about sizes and types: it held for the example, and need not for others.
 _ASSERTS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range",
             "sym_constrain_range_for_size"}  # fmt: skip
+# What takes numbers out of a tensor, or a size from them: no shapes alone tell what it gives.
+_NUMBERS = {aten.item.default, aten._local_scalar_dense.default,
+            aten.repeat_interleave.self_Tensor, aten.repeat_interleave.Tensor}  # fmt: skip
 _STORED = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _END = 2**63 - 1  # how a slice without an end is written
 
@@ -40,6 +43,7 @@ def prune(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and node.op in ("get_attr", "call_function") and not _acts(node.target):
             graph.erase_node(node)
+    regions.drop_empty(graph)
 
 
 def _acts(target: Any) -> bool:
@@ -126,6 +130,10 @@ class _Lowering:
         name = getattr(target, "_opname", "")
         if name in _ASSERTS:
             return None
+        if target in _NUMBERS and node.kwargs.get("output_size") is None:
+            raise NotImplementedError(f"{name} needs the numbers in a tensor")
+        if getattr(target, "__module__", "").startswith("torch._functorch"):
+            raise NotImplementedError("torch.func works on tensors that no graph has")
         args: Any = tuple(self._argument(a, env) for a in node.args)
         kwargs = {k: self._argument(a, env) for k, a in node.kwargs.items()}
         if target is operator.getitem and not isinstance(args[0], fx.Node):
@@ -172,15 +180,16 @@ class _Lowering:
         return [p for p in pieces if not isinstance(p, fx.Node) or p.meta["val"].shape != (0,)]
 
     def _subgraph(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """The nodes of a region under `torch.no_grad` or a switched-off autocast, in line."""
+        """The nodes of a region without gradients or under autocast, between its two ends."""
         target: Any = node.target
-        args = [self._argument(a, env) for a in node.args]
+        args: Any = [self._argument(a, env) for a in node.args]
         if target is torch.ops.higher_order.wrap_with_set_grad_enabled:
             enabled, body, *operands = args
-            leave: Callable[[Any], Any] = (lambda a: a) if enabled else self._detached
-        elif target is torch.ops.higher_order.wrap_with_autocast and args[2] is False:
-            body, operands = args[4], args[5:]
-            leave = lambda a: a  # noqa: E731
+            region = regions.enter(self.graph, torch.set_grad_enabled, (enabled,))
+        elif target is torch.ops.higher_order.wrap_with_autocast:
+            *given, body = args[:5]
+            operands = args[5:]
+            region = regions.enter(self.graph, torch.autocast, tuple(given))
         else:
             raise NotImplementedError(f"the higher-order op {target}")
         inner: dict[fx.Node, Any] = {}
@@ -189,17 +198,11 @@ class _Lowering:
             if n.op == "placeholder":
                 inner[n] = next(feed)
             elif n.op == "output":
-                return [leave(self._argument(a, inner)) for a in n.args[0]]
+                regions.leave(self.graph, region[0])
+                return [self._argument(a, inner) for a in n.args[0]]
             else:
                 inner[n] = self._node(n, body, inner)
         raise AssertionError("a graph without an output")
-
-    def _detached(self, value: Any) -> Any:
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
-            return value
-        made = self.graph.call_function(aten.detach.default, (value,))
-        made.meta = dict(value.meta)
-        return made
 
 
 def _first_names(model: nn.Module) -> dict[int, str]:

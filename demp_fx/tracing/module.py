@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from demp_fx.tracing.regions import as_blocks
+
 
 @dataclass(frozen=True)
 class TraceNotes:
@@ -117,10 +119,13 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
     module = TracedModule(nn.Module(), fx.Graph(), class_name)
     places: _Places = {"": (root, module)}
     for node in graph.nodes:
+        if node.name == "self":  # for an attribute of this name: in code it is the module
+            node._rename("self_")
         if node.op in ("get_attr", "call_module"):
             _place(str(node.target), places)
     _mirror(root, module, {})
     module._graph, graph.owning_module = graph, module
+    graph.on_generate_code(lambda _: as_blocks)
     for generated in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
         module.__dict__.pop(generated, None)
     type(module).forward = _Pending(module)  # type: ignore[assignment]

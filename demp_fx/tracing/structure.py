@@ -58,7 +58,8 @@ def output(graph: fx.Graph, tree: pytree.TreeSpec, leaves: Iterator[Any]) -> Any
     if kind in (tuple, list):
         return kind(parts)
     if kind in (dict, collections.OrderedDict):
-        return dict(zip(tree.context, parts, strict=True))
+        entries = dict(zip(tree.context, parts, strict=True))
+        return entries if kind is dict else graph.call_function(kind, (entries,))
     if kind is collections.namedtuple:
         return graph.call_function(tree.context, tuple(parts))
     if dataclasses.is_dataclass(kind):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
 import operator
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +20,16 @@ from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
 from demp_fx.tracing.computed import computes_weight
-from demp_fx.tracing.functions import ATEN, as_nodes, aten_as_nodes, batch_norms_in_parts
+from demp_fx.tracing.functions import (
+    ATEN,
+    as_nodes,
+    aten_as_nodes,
+    batch_norms_in_parts,
+    distributions_of_proxies,
+)
 from demp_fx.tracing.preserve import preserved
+from demp_fx.tracing.regions import drop_empty, regions_as_nodes
+from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
     UNKNOWN,
@@ -34,6 +44,9 @@ from demp_fx.tracing.values import (
 
 # Methods that take another tensor's sizes, and the same with the sizes spelled out.
 LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+# What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone.
+_NUMBERS = {"item": None, "tolist": None, "numpy": None, "repeat_interleave": "output_size",
+            "one_hot": "num_classes"}  # fmt: skip
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
@@ -74,12 +87,16 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
         self.names: dict[int, str] = {}
-        for name, tensor in named_state(root):
+        self.state = dict(named_state(root))
+        for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
-        with preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts():
+        with (
+            preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
+            distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
+        ):  # fmt: skip
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
         graph._tracer_cls = None
@@ -87,12 +104,13 @@ class Tracer(fx.Tracer):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
             if not node.users and (node.op == "get_attr" or node.target in _PURE):
                 graph.erase_node(node)
+        drop_empty(graph)
         return graph
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        self.values = Values(self.root, self.graph, self.modes, self.flags)
+        self.values = Values(self.root, self.graph, self.modes, self.flags, self.state)
         code = inspect.unwrap(root_fn).__code__
         self.entry = f"{code.co_filename}:{code.co_firstlineno}"
         arguments = self.bound.arguments
@@ -108,7 +126,25 @@ class Tracer(fx.Tracer):
         expression = None if _hooked(self.root) else expression_of(self.root)
         # _call_impl, not forward: it runs the root's hooks, and a forward set on the instance.
         call = functools.partial(expression, self.root) if expression else self.root._call_impl
-        return functools.partial(call, *self.bound.args, **self.bound.kwargs), []
+        return functools.partial(self._run, call), []
+
+    def _run(self, forward: Callable[..., Any]) -> Any:
+        result = forward(*self.bound.args, **self.bound.kwargs)
+        for module, flag in self.flags.items():
+            prefix = flag.target.removesuffix("training")
+            for name, value in (*module._buffers.items(), *vars(module).items()):
+                if isinstance(value, fx.Proxy) and value is not flag and not value.node._erased:
+                    self._keep(prefix + name, value)
+        return result
+
+    def _keep(self, name: str, value: fx.Proxy) -> None:
+        """Write what the forward has assigned to an attribute into the buffer that it is."""
+        old, new = self.state.get(name), self.values.of(value)
+        if all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):
+            self.create_proxy("get_attr", name, (), {}).copy_(value.detach())
+        else:
+            line = quoted(value.node.meta["source"])
+            self.baked[f"{line} computes `{name}`, which the result does not keep"] = None
 
     def _placeholder(self, name: str, value: Any) -> Any:
         """A proxy for an argument with tensors in it; any other is an argument without effect."""
@@ -125,7 +161,7 @@ class Tracer(fx.Tracer):
         return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.values.busy:
+        if self.values.busy or self._is_function(m):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         expression = self._expression(m)
@@ -164,6 +200,12 @@ class Tracer(fx.Tracer):
                 del self.opaque[name]
                 raise error from None
 
+    def _is_function(self, module: nn.Module) -> bool:
+        """Whether the forward has made it for this call, without tensors of its own."""
+        if module in self.modes:
+            return False
+        return all(isinstance(t, fx.Proxy) for t in (*module.parameters(), *module.buffers()))
+
     def _expression(self, module: nn.Module) -> Expression | None:
         kind = type(module)
         if kind not in self.expressions:
@@ -189,6 +231,7 @@ class Tracer(fx.Tracer):
             if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
                 sizes = tuple(args[1].shape[d] for d in range(model.dim()))
                 return getattr(args[0], LIKE[target])(sizes)
+        self._check_numbers(getattr(target, "__name__", target), args, kwargs)
         if target is torch._assert and self.values.of(args[0]) is True:
             return args[0]  # holds for these sizes, and need not for narrower ones
         if kind == "call_function" and _is_wrapped(target):
@@ -205,6 +248,16 @@ class Tracer(fx.Tracer):
             self._roll_back(mark)
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
+    def _check_numbers(self, name: Any, args: Any, kwargs: Any) -> None:
+        """Refuse what the walk could not run, unless the size that it gives is among its arguments
+        (behind a number, for repetitions)."""
+        if name not in _NUMBERS or _NUMBERS[name] in kwargs:
+            return
+        more = [*args[1:], *kwargs.values()]
+        known = not isinstance(self.values.of(more[0]), Tensor) if more else False
+        if not known:
+            raise TypeError(f"{name} needs the numbers in a tensor")
 
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes
@@ -252,6 +305,11 @@ class Tracer(fx.Tracer):
                 return self.create_node("get_attr", self.names[id(a)], (), {})
             if a.grad_fn is not None:
                 raise TypeError("a tensor computed from parameters in a way that cannot be traced")
+        if dataclasses.is_dataclass(kind):  # what transformers return is a dictionary as well
+            named = {f.name: getattr(a, f.name) for f in dataclasses.fields(kind) if f.init}
+            return self.create_node("call_function", kind, (), self.create_arg(named))
+        if kind is OrderedDict:
+            return self.create_node("call_function", kind, (self.create_arg(dict(a)),), {})
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
@@ -303,6 +361,10 @@ class Tracer(fx.Tracer):
 def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap."""
     return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+
+
+def _form(tensor: Any) -> Any:
+    return tensor.shape, tensor.dtype
 
 
 def _has_state(module: nn.Module) -> bool:

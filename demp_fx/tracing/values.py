@@ -80,6 +80,7 @@ class Values(fx.Interpreter):
         graph: the graph so far; the values of its placeholders have to be put into `env`.
         modes: the true train()/eval() flags of all modules.
         flags: the proxies that stand for them.
+        state: the parameters and buffers by name; forward may have assigned to them since.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Values(fx.Interpreter):
         graph: fx.Graph,
         modes: Mapping[nn.Module, bool],
         flags: Mapping[nn.Module, Flag],
+        state: Mapping[str, Tensor],
     ) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
-        self.modes, self.flags = modes, flags
+        self.modes, self.flags, self.state = modes, flags, state
         self.training = {flag.target: modes[module] for module, flag in flags.items()}
         self.busy = False  # modules run for real: nothing is to be recorded
         self.tried: set[fx.Node] = set()
@@ -134,7 +136,8 @@ class Values(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.training:
             return self.training[target]
-        return on_meta(super().get_attr(target, args, kwargs))
+        value = self.state.get(target)
+        return on_meta(super().get_attr(target, args, kwargs) if value is None else value)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
