@@ -152,16 +152,15 @@ class Stream(TorchDispatchMode):
         """Apply the rule of a call if anything is known of what goes into it."""
         values = [self.value(tensor) for tensor in call.tensors]
         if not values or any(value.labels or value.known is not None for value in values):
-            self._apply(call)
+            self._apply(call, values)
         shares = shares_of(call, values[0], self.masked) if values else None
         if shares is not None:
             self.value(call.outputs[0]).shares = shares
 
-    def _apply(self, call: Call) -> None:
+    def _apply(self, call: Call, before: list[Value]) -> None:
         self.applied += bool(call.tensors)
         start, moves = self.system.mark(), self.moves
         unfit, shaped = len(self.unfit), len(self.shaped)
-        before = [(tensor, self.value(tensor)) for tensor in call.tensors]
         try:
             self.rule_of(call.op)(self, call)
         except (IndexError, DempError):  # a node that does not fit what it is given is refused
@@ -170,15 +169,19 @@ class Stream(TorchDispatchMode):
             self.system.forget(start)
             self.moves = moves
             del self.unfit[unfit:], self.shaped[shaped:]
-            for tensor, value in before:
+            for tensor, value in zip(call.tensors, before, strict=True):
                 tensor.__dict__["demp"] = value
             self.leave(call, f"{FAILED} {call.op._schema.name}: {type(error).__name__}: {error}")
         if not call.op.is_view and all(self.value(out).data is None for out in call.outputs):
-            for tensor, value in before:
-                for holder in (tensor, value.data):
-                    key = None if holder is None else holder.untyped_storage()._cdata
-                    if key in self.system.uses:
-                        self.system.uses[key].add(call.site)
+            self._use(call, before)
+
+    def _use(self, call: Call, before: list[Value]) -> None:
+        """Remember who computes with parameters, and does not only move them."""
+        uses = self.system.uses
+        for tensor, value in zip(call.tensors, before, strict=True):
+            for holder in (tensor,) if value.data is None else (tensor, value.data):
+                if (storage := holder.untyped_storage()._cdata) in uses:
+                    uses[storage].add(call.site)
 
     # -- what rules use -------------------------------------------------------------------------
 

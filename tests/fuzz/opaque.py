@@ -57,6 +57,18 @@ def _lifted(x: Tensor) -> Tensor:
     return y
 
 
+def _shifted(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[..., 1:] = x[..., :-1]
+    return y + 0.5 * x
+
+
+def _assigned(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., 0] = (2 * y).mean(-1)
+    return y * x
+
+
 class Sorted(torch.autograd.Function):
     """Two results, one of them of integers; other packages' functions leave torch like this one."""
 
@@ -91,6 +103,14 @@ OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
     "written": _lifted,
     "module": Steered(),
     "checkpoint": lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False),
+    "shifted": _shifted,
+    "assigned": _assigned,
+    "added": lambda x: x.new_zeros(x.shape).index_add(-1, torch.arange(x.size(-1)) // 2, x),
+    "paired": lambda x: x.index_add(0, torch.arange(x.size(0)) // 2, 0.5 * x),
+    "gathered": lambda x: x.gather(-1, x.argsort(-1)),
+    "scattered": lambda x: torch.zeros_like(x).scatter_add(-1, x.argsort(-1), x),
+    "masked": lambda x: x.index_put((x > 0.1,), torch.ones(x.shape, dtype=x.dtype).mean()),
+    "expanded": lambda x: x + x.mean(-1, keepdim=True).expand_as(x).tanh(),
     "fourier": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=-1), n=x.shape[-1], dim=-1),
     "complex": lambda x: torch.view_as_real(torch.complex(x, -x)).sum(-1),
 }

@@ -89,12 +89,14 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
 def _adopted(walk: Stream, call: Call, rank: int) -> None:
     """Where an operand holds the same along an axis for as many channels as it meets (a constant,
     or what was expanded), it takes their labels."""
+    if not any(walk.value(tensor).blank for tensor in call.tensors):
+        return
     found = {
         varying(label): label
         for tensor in call.tensors
         for label in (_aligned(x, rank) for x in walk.value(tensor).labels)
     }
-    for tensor in call.tensors if found else ():
+    for tensor in call.tensors:
         value, lead = walk.value(tensor), rank - tensor.dim()
         own = {d for label in value.labels for d in varying(label)}
         flat = {d + lead for d in value.blank - own if tensor.size(d) > 1}
