@@ -133,7 +133,7 @@ class Tracer(fx.Tracer):
         for module, flag in self.flags.items():
             prefix = flag.target.removesuffix("training")
             for name, value in (*module._buffers.items(), *vars(module).items()):
-                if isinstance(value, fx.Proxy) and value is not flag and not value.node._erased:
+                if _is_in_graph(value):
                     self._keep(prefix + name, value)
         return result
 
@@ -354,6 +354,15 @@ class Tracer(fx.Tracer):
 def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap."""
     return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+
+
+def _is_in_graph(value: Any) -> bool:
+    """Whether it is the proxy of a node: not of a mode, of a size that nothing has asked for, or
+    one of an attempt that was rolled back."""
+    if not isinstance(value, fx.Proxy) or isinstance(value, Flag):
+        return False
+    node = value._node if isinstance(value, Attribute) else value.node
+    return node is not None and not node._erased
 
 
 def _form(tensor: Any) -> Any:
