@@ -144,6 +144,17 @@ def test_what_else_the_forward_assigns_is_noted() -> None:
     )
 
 
+def test_what_a_module_that_stays_whole_assigns_needs_no_note() -> None:
+    class Whole(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.size, self.total = x.shape, x.sum()
+            return x if self.total > 0 else -x
+
+    notes = demp_fx.trace(nn.Sequential(nn.Linear(4, 4).double(), Whole()), X).meta["demp_fx"]
+    assert list(notes.opaque) == ["1"]
+    assert notes.baked == []
+
+
 def test_one_graph_follows_train_and_eval(net: Net) -> None:
     graph = demp_fx.trace(net, X)
     assert {"blocks.0.training", "blocks.1.training"} <= set(targets(graph))

@@ -19,6 +19,7 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
+from demp_fx.tracing.assigned import keep_assigned
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.functions import (
     ATEN,
@@ -32,21 +33,20 @@ from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
 from demp_fx.tracing.values import (
+    NUMBERS,
     UNKNOWN,
     Flag,
     KnownProxy,
     TensorProxy,
     Values,
     named_state,
+    needs_numbers,
     on_meta,
     set_modes,
 )
 
 # Methods that take another tensor's sizes, and the same with the sizes spelled out.
 LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
-# What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone.
-_NUMBERS = {"item": None, "tolist": None, "numpy": None, "repeat_interleave": "output_size",
-            "one_hot": "num_classes"}  # fmt: skip
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
@@ -130,21 +130,8 @@ class Tracer(fx.Tracer):
 
     def _run(self, forward: Callable[..., Any]) -> Any:
         result = forward(*self.bound.args, **self.bound.kwargs)
-        for module, flag in self.flags.items():
-            prefix = flag.target.removesuffix("training")
-            for name, value in (*module._buffers.items(), *vars(module).items()):
-                if isinstance(value, fx.Proxy) and value is not flag and not value.node._erased:
-                    self._keep(prefix + name, value)
+        keep_assigned(self)
         return result
-
-    def _keep(self, name: str, value: fx.Proxy) -> None:
-        """Write what the forward has assigned to an attribute into the buffer that it is."""
-        old, new = self.state.get(name), self.values.of(value)
-        if all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):
-            self.create_proxy("get_attr", name, (), {}).copy_(value.detach())
-        else:
-            line = quoted(value.node.meta["source"])
-            self.baked[f"{line} computes `{name}`, which the result does not keep"] = None
 
     def _placeholder(self, name: str, value: Any) -> Any:
         """A proxy for an argument with tensors in it; any other is an argument without effect."""
@@ -231,7 +218,9 @@ class Tracer(fx.Tracer):
             if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
                 sizes = tuple(args[1].shape[d] for d in range(model.dim()))
                 return getattr(args[0], LIKE[target])(sizes)
-        self._check_numbers(getattr(target, "__name__", target), args, kwargs)
+        name = getattr(target, "__name__", target)
+        if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
+            raise TypeError(f"{name} needs the numbers in a tensor")
         if target is torch._assert and self.values.of(args[0]) is True:
             return args[0]  # holds for these sizes, and need not for narrower ones
         if kind == "call_function" and _is_wrapped(target):
@@ -248,16 +237,6 @@ class Tracer(fx.Tracer):
             self._roll_back(mark)
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
-
-    def _check_numbers(self, name: Any, args: Any, kwargs: Any) -> None:
-        """Refuse what the walk could not run, unless the size that it gives is among its arguments
-        (behind a number, for repetitions)."""
-        if name not in _NUMBERS or _NUMBERS[name] in kwargs:
-            return
-        more = [*args[1:], *kwargs.values()]
-        known = not isinstance(self.values.of(more[0]), Tensor) if more else False
-        if not known:
-            raise TypeError(f"{name} needs the numbers in a tensor")
 
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes
@@ -361,10 +340,6 @@ class Tracer(fx.Tracer):
 def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap."""
     return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
-
-
-def _form(tensor: Any) -> Any:
-    return tensor.shape, tensor.dtype
 
 
 def _has_state(module: nn.Module) -> bool:

@@ -21,6 +21,12 @@ from demp_fx.shapes import SHAPES
 _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 
 
+# What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone,
+# unless the size is given by this name, or behind a number.
+NUMBERS = {"item": "", "tolist": "", "numpy": "", "repeat_interleave": "output_size",
+           "one_hot": "num_classes"}  # fmt: skip
+
+
 class Unknown:
     """The type of `UNKNOWN`, the value of a node that cannot be run on meta tensors."""
 
@@ -215,3 +221,11 @@ class Flag(KnownProxy):
         if self._node is None or self._node._erased:
             self._node = self.tracer.create_node("get_attr", self.target, (), {})
         return self._node
+
+
+def needs_numbers(name: str, args: Any, kwargs: Any, values: Values) -> bool:
+    """Whether a call of one of the `NUMBERS` cannot do without them."""
+    size = NUMBERS[name]
+    given = next((a for a in (*args[1:], *kwargs.values())), None)
+    unsized = given is None or isinstance(values.of(given), Tensor)
+    return not size or (size not in kwargs and unsized)

@@ -1,0 +1,45 @@
+"""What a forward assigns to attributes of its modules: averages in buffers, losses for later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
+
+from demp_fx.tracing.source import quoted
+from demp_fx.tracing.values import Flag
+
+if TYPE_CHECKING:
+    from demp_fx.tracing.tracer import Tracer
+
+
+def keep_assigned(tracer: Tracer) -> None:
+    """At the end of a forward: write to the buffers that it has assigned, and note what else."""
+    for module, flag in tracer.flags.items():
+        prefix = flag.target.removesuffix("training")
+        for name, value in (*module._buffers.items(), *vars(module).items()):
+            if _is_in_graph(value):
+                _keep(tracer, prefix + name, value)
+
+
+def _keep(tracer: Tracer, name: str, value: Any) -> None:
+    old, new = tracer.state.get(name), tracer.values.of(value)
+    if all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):
+        tracer.create_proxy("get_attr", name, (), {}).copy_(value.detach())
+    else:
+        line = quoted(value.node.meta["source"])
+        tracer.baked[f"{line} computes `{name}`, which the result does not keep"] = None
+
+
+def _form(tensor: Any) -> Any:
+    return tensor.shape, tensor.dtype
+
+
+def _is_in_graph(value: Any) -> bool:
+    """Whether it is the proxy of a node: not of a mode, of a size that nothing has asked for, or
+    one of an attempt that was rolled back."""
+    if not isinstance(value, fx.Proxy) or isinstance(value, Flag):
+        return False
+    node = value._node if isinstance(value, Attribute) else value.node
+    return node is not None and not node._erased
