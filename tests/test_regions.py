@@ -17,7 +17,7 @@ import demp_fx
 from demp_fx.emit.module import source
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-Region = Callable[[nn.Module], Any]
+Region = Callable[[nn.Module, Tensor], Any]
 
 
 def as_tensor(x: Any) -> Tensor:
@@ -40,7 +40,7 @@ class Teacher(nn.Module):
                 layer.weight[:8] = layer.bias[:8] = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.region(self):
+        with self.region(self, x):
             h = self.inside(self.look(x)).relu()
         return self.head(self.outside(x).relu() + h)
 
@@ -54,14 +54,15 @@ def effects(module: nn.Module, training: bool) -> tuple[Any, ...]:
 
 
 REGIONS: dict[str, Region] = {
-    "no_grad": lambda _: torch.no_grad(),
-    "enable_grad": lambda _: torch.enable_grad(),
-    "set_grad_enabled": lambda _: torch.set_grad_enabled(False),
-    "by_mode": lambda m: torch.set_grad_enabled(m.training),
-    "inference_mode": lambda _: torch.inference_mode(),
-    "autocast": lambda _: torch.autocast("cpu", torch.bfloat16),
-    "autocast_by_mode": lambda m: torch.autocast("cpu", enabled=m.training),
-    "no_autocast": lambda _: torch.autocast(device_type="cpu", enabled=False),
+    "no_grad": lambda *_: torch.no_grad(),
+    "enable_grad": lambda *_: torch.enable_grad(),
+    "set_grad_enabled": lambda *_: torch.set_grad_enabled(False),
+    "by_mode": lambda m, _: torch.set_grad_enabled(m.training),
+    "inference_mode": lambda *_: torch.inference_mode(),
+    "autocast": lambda *_: torch.autocast("cpu", torch.bfloat16),
+    "autocast_by_mode": lambda m, _: torch.autocast("cpu", enabled=m.training),
+    "of_a_device": lambda _, x: torch.autocast(x.device.type, enabled=False),
+    "no_autocast": lambda *_: torch.autocast(device_type="cpu", enabled=False),
 }
 
 
@@ -72,7 +73,8 @@ def test_gradients_and_dtypes_are_the_originals(name: str, training: bool) -> No
     result = demp_fx.compile(model, X)
     narrow = result.module
     assert result.report.opaque == {}
-    assert narrow.get_submodule("outside").weight.shape == (8, 6)
+    for layer in ("inside", "outside"):
+        assert narrow.get_submodule(layer).weight.shape == (8, 6)
     for module in (narrow, copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
         assert effects(module, training) == effects(model, training)
         with torch.autocast("cpu", torch.bfloat16):
@@ -149,7 +151,7 @@ def test_checkpointing_is_no_region() -> None:
 def test_a_region_in_which_nothing_happens_is_gone() -> None:
     class Sizes(Teacher):
         def forward(self, x: Tensor) -> Tensor:
-            with self.region(self):
+            with self.region(self, x):
                 wide = x.shape[-1] > 2
             return self.inside(x) if wide else x
 
@@ -160,9 +162,9 @@ def test_a_region_in_which_nothing_happens_is_gone() -> None:
         )
 
 
-def test_a_region_of_which_nothing_is_left_is_still_code() -> None:
+def test_movements_that_go_on_behind_a_region_are_no_selection() -> None:
     class Swaps(nn.Module):
-        """Channels change places: partly in the region, as one selection after the rewrite."""
+        """Channels change places, partly in the region: what comes before it gets no gradient."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -179,3 +181,4 @@ def test_a_region_of_which_nothing_is_left_is_still_code() -> None:
     model = Swaps()
     narrow = demp_fx.compile(model, X).module
     torch.testing.assert_close(narrow(X), model(X))
+    assert effects(narrow, training=True) == effects(model, training=True)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from demp_fx.channels.labels import Labels, varying
+from demp_fx.tracing.regions import regions_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Chains:
         self.open: dict[fx.Node, Chain] = {}
         self.selections: dict[fx.Node, Selection] = {}
         self.loose: set[fx.Node] = set()
+        self.regions = regions_of(graph.graph)
 
     def extend(self, node: fx.Node, source: fx.Node, labels: Labels, broken: Labels) -> bool:
         """Go on from `source` to `node`, whose value has `labels`; those in `broken` were moved in
@@ -59,6 +61,8 @@ class Chains:
         False where the value is in one piece again, but not an arrangement of the source's.
         """
         before = self.open.get(source, Chain(source, (), ()))
+        if before.path and self.regions[before.path[0]] != self.regions[node]:
+            return False  # its gradient ends on the way
         chain = Chain(before.source, (*before.path, node), (*before.broken, *broken))
         if not is_flat(labels) or not isinstance(self.env[node], Tensor):
             self.open[node] = chain

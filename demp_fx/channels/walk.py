@@ -36,6 +36,7 @@ from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.regions import is_end
 from demp_fx.trees import tensors_of
 
 EXPANDS = {"expand", torch.ops.aten.expand.default}  # their sizes are rewritten (passes/resize.py)
@@ -99,6 +100,8 @@ class Walk(Places):
     # -- nodes ----------------------------------------------------------------------------------
 
     def _node(self, node: fx.Node) -> Any:
+        if is_end(node):
+            return None  # the walk has no gradients, and shapes no precision
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.graph)
         if node.op == "call_module" and (reason := self._whole(str(node.target))):

@@ -49,6 +49,24 @@ def leave(graph: fx.Graph, context: fx.Node) -> fx.Node:
     return graph.call_method(EXIT, (context, None, None, None))
 
 
+def is_end(node: fx.Node) -> bool:
+    """Whether a node makes, enters or leaves a region."""
+    return node.target in (ENTER, EXIT) or node.target in _KINDS
+
+
+def regions_of(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """The regions that each node is in, by their contexts, the outermost first."""
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    inside: tuple[fx.Node, ...] = ()
+    for node in graph.nodes:
+        if node.target == ENTER:
+            inside = (*inside, node.args[0])
+        elif node.target == EXIT:
+            inside = inside[:-1]
+        found[node] = inside
+    return found
+
+
 def drop_empty(graph: fx.Graph) -> None:
     """Take out regions in which nothing is left."""
     for node in reversed(graph.nodes):
@@ -124,11 +142,9 @@ class _Recorder:
         return not (self.tracer.values.busy or self.nested or caller == checkpoint.__file__)
 
     def _follows_a_proxy(self, region: Any) -> bool:
-        """Whether the arguments are not known yet; torch refuses a device of that kind."""
+        """Whether the arguments are not known yet."""
         args, kwargs = self.given.get(region, ((), {}))
-        flags = args[1:] if isinstance(region, torch.autocast) else args
-        named = (value for name, value in kwargs.items() if name != "device_type")
-        return any(isinstance(value, fx.Proxy) for value in (*flags, *named))
+        return any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
 
     def _context(self, kind: type, region: Any) -> fx.Proxy:
         args, kwargs = self.given.get(region) or (_KINDS[kind](region), {})
