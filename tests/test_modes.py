@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 import demp_fx
 from demp_fx.errors import VerificationError
@@ -89,8 +90,8 @@ def test_noise_drawn_at_the_width_of_a_layer_does_not_hinder_the_comparison() ->
             hidden = self.inner(self.stem(x)).relu()
             hidden = hidden * torch.empty_like(hidden).uniform_(0.5, 1.5)
             hidden = hidden + hidden * torch.randn_like(hidden)
-            result: Tensor = self.head(self.outer(hidden))
-            return result
+            drawn = Normal(self.head(self.outer(hidden)), 2.0).sample()
+            return torch.poisson(drawn.exp())
 
     torch.manual_seed(0)
     net, x = _half_dead(Noisy()), torch.randn(6, 5)

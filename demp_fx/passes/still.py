@@ -56,5 +56,6 @@ _MEANS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     **dict.fromkeys((aten.rand, aten.rand_like), lambda *_: torch.tensor(0.5)),
     **dict.fromkeys((aten.randn, aten.randn_like), lambda *_: torch.tensor(0.0)),
     aten.uniform_: _middle,
+    **dict.fromkeys((aten.normal, aten.poisson), lambda args, _: torch.as_tensor(args[0])),
     aten.normal_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "mean", 0.0)),
 }
