@@ -19,7 +19,7 @@ from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
 from demp_fx.channels.value import Value
-from demp_fx.channels.writes import carried, filled, mixed
+from demp_fx.channels.writes import carried, filled, memory_of, mixed
 from demp_fx.shapes import Shape
 
 aten = torch.ops.aten
@@ -176,10 +176,10 @@ class Places(Stream):
     def _is_last_use(self, n: fx.Node, running: fx.Node) -> bool:
         """Whether nobody but the `running` node will read what `n` holds, under any name but its
         own, and no later run: then what that node writes may go elsewhere."""
-        storage = self.env[n].untyped_storage()._cdata
+        storage = memory_of(self.env[n])
         return len(n.users) == 1 and not any(
             isinstance(value, Tensor)
-            and value.untyped_storage()._cdata == storage
+            and memory_of(value) == storage
             and (other.op == "get_attr" or any(user not in self.env for user in other.users))
             for other, value in self.env.items()
             if other not in (n, running)
@@ -192,7 +192,7 @@ class Places(Stream):
         for edge in self.system.since(start):
             if isinstance(edge, Edge):
                 n = names[edge.producer]
-                shared = self.env[n].untyped_storage()._cdata in written
+                shared = memory_of(self.env[n]) in written
                 if shared and not self._is_last_use(n, node):
                     self.system.same(edge.source, edge.target, self.site)
 
@@ -229,10 +229,10 @@ class Places(Stream):
         each channel into itself, it is known what `n` holds now; else nothing about it can be
         relied on."""
         tensor: Tensor = self.env[n]
-        storage = tensor.untyped_storage()._cdata
+        storage = memory_of(tensor)
         writes = self.writes[storage][value.version :]
         shared = {other.name for other, t in self.env.items()
-                  if isinstance(t, Tensor) and t.untyped_storage()._cdata == storage}  # fmt: skip
+                  if isinstance(t, Tensor) and memory_of(t) == storage}  # fmt: skip
         edges = [edge for edge in self.system.edges if edge.producer in shared]
         origin = torch.arange(self.system.atoms)
         for edge in edges:

@@ -20,7 +20,7 @@ from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
-from demp_fx.channels.writes import Write
+from demp_fx.channels.writes import Write, memory_of
 from demp_fx.errors import DempError
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
@@ -100,7 +100,7 @@ class Stream(TorchDispatchMode):
         call = Call(func, args, kwargs, out, site)
         writes = []
         for tensor in written(func, args, kwargs):
-            storage = tensor.untyped_storage()._cdata
+            storage = memory_of(tensor)
             write = Write.by(func, args, tensor)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
             writes.append((write, self.value(tensor).labels))
@@ -180,7 +180,7 @@ class Stream(TorchDispatchMode):
         uses = self.system.uses
         for tensor, value in zip(call.tensors, before, strict=True):
             for holder in (tensor,) if value.data is None else (tensor, value.data):
-                if (storage := holder.untyped_storage()._cdata) in uses:
+                if (storage := memory_of(holder)) in uses:
                     uses[storage].add(call.site)
 
     # -- what rules use -------------------------------------------------------------------------
@@ -215,14 +215,14 @@ class Stream(TorchDispatchMode):
             for d, n in enumerate(tensor.shape)
             if n > 1
         )
-        read = self.with_facts and not real.is_meta
+        read = self.with_facts and not real.is_meta and real.layout is torch.strided
         read = read and (real.is_floating_point() or real.is_complex())
         line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
         data, rows = real.detach(), None
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)
         value = self.params[name] = Value(labels, None, data, 0, vector=read and line, rows=rows)
-        self.system.store(name, *(t.untyped_storage()._cdata for t in (tensor, real)))
+        self.system.store(name, *(memory_of(t) for t in (tensor, real)))
         return value
 
     def empty(self, weight: Tensor, dim: int) -> Tensor | None:
@@ -291,7 +291,7 @@ class Stream(TorchDispatchMode):
     def maker(self, weight: Tensor) -> str | None:
         """The node that computed a weight of parameters alone, where the running node is given
         such a one (or takes a view of it)."""
-        return self.computed.get(weight.untyped_storage()._cdata) if self.computed else None
+        return self.computed.get(memory_of(weight)) if self.computed else None
 
     def pin(self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = ()) -> None:
         """Keep the atoms of a label, because of this call (while it computes any of `outputs`)."""
@@ -318,9 +318,10 @@ class Stream(TorchDispatchMode):
 
     def version(self, tensor: Tensor) -> int:
         """How often what a tensor holds was changed in place."""
-        return len(self.writes.get(tensor.untyped_storage()._cdata, ())) if self.writes else 0
+        return len(self.writes.get(memory_of(tensor), ())) if self.writes else 0
 
 
 def _place(weight: Tensor) -> tuple[int, int, int]:
     """The device, address and size of what a tensor and its whole views hold."""
-    return weight.get_device(), weight.data_ptr(), weight.numel()
+    address = weight.data_ptr() if weight.layout is torch.strided else id(weight)
+    return weight.get_device(), address, weight.numel()

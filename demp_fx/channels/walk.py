@@ -32,6 +32,7 @@ from demp_fx.channels.places import SIZES, Places
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
 from demp_fx.channels.value import Call
+from demp_fx.channels.writes import memory_of
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
@@ -185,7 +186,7 @@ class Walk(Places):
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
         self.computed = {
-            t.untyped_storage()._cdata: n.name
+            memory_of(t): n.name
             for n, t in entered.items()
             if n in self.made and isinstance(t, Tensor)
         }

@@ -15,6 +15,11 @@ from demp_fx.channels.labels import Labels, varying
 aten = torch.ops.aten
 
 
+def memory_of(tensor: Tensor) -> int:
+    """What tells whether tensors share memory; sparse ones have none to share."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
 @dataclass(slots=True, eq=False)
 class Write:
     """What an op wrote into a tensor: one number everywhere, or anything (None).
