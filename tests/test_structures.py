@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,3 +91,38 @@ def test_the_moments_of_a_grouped_convolution_are_cut_as_its_weights() -> None:
     for row, filters in enumerate(kept):
         columns = grouped[row // size] if grouped else range(dense.shape[1])
         assert torch.equal(moments[row], filters[list(columns)])
+
+
+STATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda x: torch.zeros(x.size(0), 8, dtype=x.dtype),
+    "new_zeros": lambda x: x.new_zeros(x.size(0), 8),
+    "full": lambda x: torch.full((x.shape[0], 8), 0.0, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_first_state_of_a_loop_has_the_channels_that_it_meets(state: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i, self.u, self.o = nn.Linear(6, 24), nn.Linear(8, 24), nn.Linear(8, 3)
+            with torch.no_grad():
+                for layer in (self.i, self.u):
+                    layer.weight.view(3, 8, -1)[:, ::2] = 0
+                    layer.bias.view(3, 8)[:, ::2] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = STATES[state](x)
+            for step in range(3):
+                a, b = self.i(x[:, step]).chunk(3, -1), self.u(h).chunk(3, -1)
+                reset, update = (a[0] + b[0]).sigmoid(), (a[1] + b[1]).sigmoid()
+                h = (1 - update) * (a[2] + reset * b[2]).tanh() + update * h
+            result: Tensor = self.o(h)
+            return result
+
+    torch.manual_seed(0)
+    net = Gated().double()
+    narrow = demp_fx.compile(net, torch.randn(2, 3, 6, dtype=torch.float64)).module
+    assert narrow.get_submodule("u").weight.shape == (12, 4)
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

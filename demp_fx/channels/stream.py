@@ -25,6 +25,7 @@ from demp_fx.errors import DempError
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
+NEW = "aten::new_"  # how ops are called that take no more of their operand than its dtype
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
 
@@ -149,9 +150,10 @@ class Stream(TorchDispatchMode):
         return out
 
     def _meet(self, call: Call) -> None:
-        """Apply the rule of a call if anything is known of what goes into it."""
+        """Apply the rule of a call if anything is known of what goes into it, or nothing does."""
         values = [self.value(tensor) for tensor in call.tensors]
-        if not values or any(value.labels or value.known is not None for value in values):
+        makes = not values or call.op._schema.name.startswith(NEW)
+        if makes or any(value.labels or value.known is not None for value in values):
             self._apply(call, values)
         shares = shares_of(call, values[0], self.masked) if values else None
         if shares is not None:

@@ -40,7 +40,9 @@ from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.regions import is_end
 from demp_fx.trees import tensors_of
 
-EXPANDS = {"expand", torch.ops.aten.expand.default}  # their sizes are rewritten (passes/resize.py)
+# What may have as many channels as it meets: its sizes are rewritten (passes/resize.py).
+EXPANDS = {"expand", torch.ops.aten.expand.default, "new_zeros", "new_ones", "new_full",
+           torch.zeros, torch.ones, torch.full}  # fmt: skip
 
 
 class RefusalError(UsageError):
@@ -200,7 +202,7 @@ class Walk(Places):
         leaves = pytree.tree_leaves((node.args, node.kwargs))
         numbers = (self.env[a] if isinstance(a, fx.Node) else a for a in leaves)
         literal = any(isinstance(n, int) and n > 1 for n in numbers)
-        self.follows = node.target in EXPANDS or not literal
+        self.follows = called(node) in EXPANDS or not literal
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)

@@ -108,12 +108,13 @@ def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
     return list(row(node, sizes)) if row is not None else []
 
 
-def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
-    """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result."""
+def _shape(node: fx.Node, sizes: Sizes, first: int = 1) -> Iterator[Literal]:
+    """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result; they
+    stand from the `first` argument on."""
     new = sizes.new(node)
     if not new and not sizes.changed:
         return
-    path, given = _variadic(node, "shape", "size")
+    path, given = _variadic(node, "shape", "size", first=first)
     shape = sizes.env[node].shape
     if len(given) != len(shape):
         return
@@ -133,17 +134,23 @@ def _shape(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         yield Literal(node=node.name, path=[*path(d)], value=n)
 
 
+def _made(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`torch.zeros(*shape)`, `torch.full(shape, 1.0)`."""
+    return _shape(node, sizes, first=0)
+
+
 def _variadic(
-    node: fx.Node, *names: str
+    node: fx.Node, *names: str, first: int = 1
 ) -> tuple[Callable[[int], list[int | str]], tuple[Any, ...]]:
     """Where a list of ints stands that may also be written as separate arguments."""
     named = next((name for name in names if name in node.kwargs), None)
     if named is not None:
         listed: Any = node.kwargs[named]
         return (lambda d: ["kwargs", named, d]), tuple(listed)
-    if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
-        return (lambda d: ["args", 1, d]), tuple(node.args[1])
-    return (lambda d: ["args", d + 1]), tuple(node.args[1:])
+    listed = node.args[first] if len(node.args) > first else None
+    if isinstance(listed, (list, tuple)):
+        return (lambda d: ["args", first, d]), tuple(listed)
+    return (lambda d: ["args", d + first]), tuple(node.args[first:])
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> tuple[list[int | str], Any]:
@@ -312,6 +319,8 @@ F = torch.nn.functional
 aten = torch.ops.aten
 ROWS: dict[Any, Row] = {
     **dict.fromkeys(("view", "reshape", "expand", torch.reshape), _shape),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full"), _shape),
+    **dict.fromkeys((torch.zeros, torch.ones, torch.full), _made),
     **dict.fromkeys(("split", "split_with_sizes", torch.split, torch.split_with_sizes), _split),
     **dict.fromkeys(("chunk", torch.chunk), _chunk),
     **dict.fromkeys(("narrow", torch.narrow), _narrow),
@@ -335,6 +344,6 @@ ROWS: dict[Any, Row] = {
     aten.scaled_dot_product_attention.default: _attention,
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _groups),
 }
-SIZE_ROWS = (_shape, _split, _split_evenly, _chunk, _unflatten)
+SIZE_ROWS = (_shape, _made, _split, _split_evenly, _chunk, _unflatten)
 # Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
 SIZED = {target for target, row in ROWS.items() if row in SIZE_ROWS}

@@ -49,6 +49,8 @@ def meet(
     if batch is not None:
         for operand in (a, b):
             _outermost(walk, call, operand, batch)
+    for letter in shared - set(result):
+        _adopt(walk, a, b, letter)
     gate = None if batch is None else _gate(walk, call, a, b, batch)
     labels = _kept(walk, call, a, b, place)
     if batch is not None and gate is not None:
@@ -72,6 +74,14 @@ def meet(
     walk.system.multiply(macs, *sides)
     facts = constants(walk, a, b, result, bias, padded, read) if walk.with_facts else None
     walk.give(out, tuple(labels.values()), facts)
+
+
+def _adopt(walk: Stream, a: Operand, b: Operand, letter: str) -> None:
+    """A constant that may have as many channels as it meets (the first state of a loop, say) takes
+    those of the weight that reads it."""
+    value, d, channels = walk.value(a.tensor), a.dim(letter), b.single(walk, letter)
+    if channels is not None and d in value.blank and not a.labels(walk, letter):
+        walk.relabel(a.tensor, (*value.labels, along(channels, a.tensor.dim(), d)))
 
 
 def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]) -> Keyed:
