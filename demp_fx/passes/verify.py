@@ -63,13 +63,13 @@ def verify(
                 tolerance = max(tolerance, ROUGH * coarse)
             error, failure = _error(narrow, trial, training, precision, expected)
             if not error <= tolerance:
+                if training != narrow.training and followed_mode(narrow):
+                    break  # in this mode the original goes another way, which the trace has noted
                 if trial is not inputs and traced is not None:
                     followed, _ = _error(traced, trial, training, precision, expected)
                     if not followed <= tolerance:
                         fixed = True
                         continue
-                if training != narrow.training and followed_mode(narrow):
-                    break  # in this mode the original goes another way, which the trace has noted
                 if failure is not None:
                     sizes = [tuple(t.shape) for t in trial.tensors]
                     raise VerificationError(
