@@ -13,16 +13,15 @@ from torch import Tensor, fx
 
 from demp_fx.calls import called
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
-from demp_fx.channels.constants import by_bias, foldable, independent
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.constants import foldable
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Edge, Read
+from demp_fx.channels.system import Edge
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
+from demp_fx.passes.folds import foldings
 from demp_fx.passes.plan import (
-    Folding,
     Frozen,
     Gather,
     Literal,
@@ -84,7 +83,7 @@ class _Planner:
         folds = foldable(self.walk.system)
         readers = {read.fold: read for read in self.walk.system.reads if id(read) in folds}
         for read in readers.values():  # one for each weight: what it folds serves all others
-            plan.folds += self._fold(read, folds[id(read)])
+            plan.folds += foldings(read, folds[id(read)], self.solution)
         return plan
 
     def _keep(self, plan: PruningPlan) -> None:
@@ -353,38 +352,6 @@ class _Planner:
             )
         ]  # fmt: skip
 
-    # -- constants ------------------------------------------------------------------------------
-
-    def _fold(self, read: Read, facts: Facts) -> list[Folding]:
-        """Where the constants go that a read no longer receives."""
-        fold = read.fold
-        assert fold is not None
-        kept = self.solution.kept(read.inputs)
-        gone = facts.constant & ~kept
-        if read.silent is not None:
-            gone &= ~read.silent
-        if not bool(gone.any()):
-            return []
-        found = []
-        light = gone & by_bias(read, facts)
-        if bool(light.any()):
-            values = facts.values[0, light].tolist()
-            found.append(
-                Folding(weight=fold.weight, dim=fold.dim, dropped=_indices(light),
-                        bias=fold.bias, values=values)
-            )  # fmt: skip
-        rest = gone & ~light
-        for profile in facts.profile[rest].unique().tolist():
-            here = rest & (facts.profile == profile)
-            stay = facts.constant & kept & (facts.profile == profile)
-            carriers = _basis(facts.values, stay)
-            mix = torch.linalg.pinv(facts.values[:, carriers]) @ facts.values[:, here]
-            found.append(
-                Folding(weight=fold.weight, dim=fold.dim, dropped=_indices(here),
-                        carriers=carriers, mix=mix.tolist())
-            )  # fmt: skip
-        return found
-
 
 def _mask(masks: Masks, tensor: Tensor, dim: int) -> Tensor:
     found = masks.get(dim)
@@ -394,15 +361,3 @@ def _mask(masks: Masks, tensor: Tensor, dim: int) -> Tensor:
 def _indices(mask: Tensor) -> list[int]:
     found: list[int] = np.flatnonzero(mask.numpy()).tolist()
     return found
-
-
-def _basis(values: Tensor, among: Tensor) -> list[int]:
-    """Columns of a (2, n) matrix that span all columns in `among`, the largest first."""
-    size = torch.where(among, values.abs().sum(0), -1.0)
-    chosen: list[int] = []
-    for index in size.argsort(descending=True)[: int(among.sum())].tolist():
-        if independent(values[:, [*chosen, index]].numpy()) > len(chosen):
-            chosen.append(index)
-        if len(chosen) == 2:
-            break
-    return chosen
