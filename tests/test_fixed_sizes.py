@@ -127,3 +127,30 @@ def test_code_that_decides_by_the_size_of_an_image_is_noticed() -> None:
     assert proof.sized
     (warning,) = (w for w in result.report.warnings if "images of other sizes" in w)
     assert "if made.shape[-1] > 9" in warning
+
+
+class Prefixed(nn.Module):
+    """Two tokens of its own before those of the input; the last block's are not read any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Parameter(torch.randn(1, 2, 8))
+        self.embed, self.mix = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.tokens.expand(x.shape[0], -1, -1), self.embed(x)], 1)
+        x = x + self.mix(x).softmax(1)
+        x = x + self.inner(x).relu()
+        result: Tensor = self.head(x[:, 2:].mean(1))
+        return result
+
+
+def test_tokens_of_the_input_are_as_many_as_it_has() -> None:
+    net = Prefixed()
+    narrow = demp_fx.compile(net, torch.randn(2, 5, 6).double(), cuts="always").module
+    for length in (5, 9):
+        x = torch.randn(3, length, 6).double()
+        torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

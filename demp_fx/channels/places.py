@@ -100,6 +100,7 @@ class Places(Stream):
             dims = varying(label)
             chosen = len(dims) == 1 and (only is None or any(label is one for one in only))
             chosen = chosen and dims[0] not in blocks
+            chosen = chosen and bool(label.all())  # else some of it may be as long as the input
             if chosen and (fixed or not (self.merged and _repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
