@@ -19,11 +19,11 @@ from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.make_plan import fit
 from demp_fx.passes.observe import batches as read_batches
 from demp_fx.passes.observe import observe
+from demp_fx.passes.outcome import CompileReport
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.summary import summarize
 from demp_fx.passes.verify import followed_mode
 from demp_fx.passes.verify import verify as verify_pass
-from demp_fx.report.model import CompileReport
 from demp_fx.trace import trace_graph
 from demp_fx.training.optimizer import repoint
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, symbolic_trace
 from demp_fx.emit import folder
 from demp_fx.emit.module import source
 from demp_fx.errors import EmitError, UsageError
-from demp_fx.report.model import CompileReport
+from demp_fx.passes.outcome import CompileReport
 
 
 class Block(nn.Module):

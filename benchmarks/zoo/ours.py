@@ -30,7 +30,7 @@ from benchmarks.zoo.outputs import (
     without_chance,
 )
 from demp_fx.errors import VerificationError
-from demp_fx.report.model import Pinned
+from demp_fx.passes.outcome import Pinned
 from tests.zoo import oracle
 
 REASONS = 6

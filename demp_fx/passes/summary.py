@@ -14,7 +14,7 @@ from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Axis
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.make_plan import Planned
-from demp_fx.report.model import CompileReport, Pinned, Width
+from demp_fx.passes.outcome import CompileReport, Pinned, Width
 
 
 def summarize(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.doubled import InFloat64
+from demp_fx.passes.outcome import Verification
 from demp_fx.passes.still import Still
 from demp_fx.passes.trials import fresh, resized
-from demp_fx.report.model import Verification
 from demp_fx.tracing.preserve import CONSTANT
 from demp_fx.trees import tensors_of
 

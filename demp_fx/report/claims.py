@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from demp_fx.report.model import CompileReport
+from demp_fx.passes.outcome import CompileReport
 
 
 def proven(report: CompileReport) -> list[str]:

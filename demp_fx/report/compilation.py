@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
+from demp_fx.passes.outcome import CompileReport, Pinned
 from demp_fx.report.claims import assumed, proven
 from demp_fx.report.fragments import bars, cards, legend, listed, section, table
-from demp_fx.report.model import CompileReport, Pinned
 from demp_fx.report.source import code_at, short
 from demp_fx.report.style import page
 

@@ -12,10 +12,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from demp_fx.errors import EmitError, UsageError
+from demp_fx.passes.outcome import CompileReport
 from demp_fx.report import plots
 from demp_fx.report.claims import assumed
 from demp_fx.report.fragments import bars, cards, legend, listed, section, table
-from demp_fx.report.model import CompileReport
 from demp_fx.report.style import page
 
 Record = dict[str, Any]

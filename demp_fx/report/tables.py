@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from demp_fx.report.model import CompileReport, Pinned
+from demp_fx.passes.outcome import CompileReport, Pinned
 
 _MEMBERS = 3
 

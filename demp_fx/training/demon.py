@@ -15,10 +15,10 @@ from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import ExampleInputs
 from demp_fx.passes.instrument import instrument, to_penalise
 from demp_fx.passes.observe import batches
+from demp_fx.passes.outcome import Verification
 from demp_fx.passes.strip import strip
 from demp_fx.passes.summary import summarize
 from demp_fx.recipe import Recipe
-from demp_fx.report.model import Verification
 from demp_fx.trace import trace
 from demp_fx.tracing.module import TracedModule
 from demp_fx.training.choose import Choice
