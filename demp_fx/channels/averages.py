@@ -20,17 +20,14 @@ LAYER_NORMS: set[Any] = {F.layer_norm, torch.ops.aten.layer_norm.default, nn.Lay
 RMS_NORMS: set[Any] = {F.rms_norm, torch.ops.aten.rms_norm.default, nn.RMSNorm}
 
 
-_AVERAGES = MEANS | LAYER_NORMS | RMS_NORMS
+AVERAGES = MEANS | LAYER_NORMS | RMS_NORMS
 
 
-def kind_of(node: fx.Node, graph: fx.GraphModule) -> Any:
-    """The target of a node; of a module, its class."""
-    if node.op == "call_module":
-        return type(graph.get_submodule(str(node.target)))
-    return called(node)
+def kind_of(node: fx.Node, layers: Mapping[str, nn.Module]) -> Any:
+    """What a node calls; of a module, its class. `layers`: the modules by name."""
+    return type(layers[str(node.target)]) if node.op == "call_module" else called(node)
 
 
 def takes_average(node: fx.Node, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether a node is one of those above; `layers`: the modules by name."""
-    kind = type(layers[str(node.target)]) if node.op == "call_module" else called(node)
-    return kind in _AVERAGES
+    """Whether a node is one of those above."""
+    return kind_of(node, layers) in AVERAGES

@@ -116,7 +116,7 @@ class Walk(Places):
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         if sources and all(n.op == "get_attr" or n in self.made for n in sources):
             self.made.add(node)
-        for n in node.all_input_nodes if node.target not in SIZES else ():
+        for n in node.all_input_nodes if called(node) not in SIZES else ():
             self._refresh(n)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
@@ -225,7 +225,7 @@ class Walk(Places):
                 self.system.forget(start)  # the code made a tensor of its own: on meta, too
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
             where = f" ({self.site.source})" if self.site.source else ""
-            shapes = [tuple(t.shape) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+            shapes = [tuple(t.shape) for t in tensors_of(args)]
             raise RefusalError(
                 node,
                 f"the example inputs do not run through the model: node {node.name!r} "

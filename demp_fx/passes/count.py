@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from demp_fx.channels.averages import LAYER_NORMS, MEANS, RMS_NORMS, kind_of
+from demp_fx.calls import called
+from demp_fx.channels.averages import AVERAGES, LAYER_NORMS, MEANS, RMS_NORMS, kind_of
 from demp_fx.passes.plan import Count
 from demp_fx.passes.resize import Sizes
 
-AVERAGES = MEANS | LAYER_NORMS | RMS_NORMS
+Layers = Mapping[str, nn.Module]  # all modules of a graph by name, itself as ""
 
 
-def counts(graph: fx.GraphModule, sizes: Sizes) -> list[Count]:
+def counts(layers: Layers, sizes: Sizes) -> list[Count]:
     """The averages that lose zeros, and which part of their channels stays."""
     found = []
     for node in sizes.env:
-        kind = kind_of(node, graph)
+        kind = kind_of(node, layers)
         if kind not in AVERAGES:
             continue
         source = node.args[0]
@@ -49,14 +51,14 @@ def _mean_dims(node: fx.Node, rank: int) -> list[int]:
     return [d % rank for d in ([given] if isinstance(given, int) else given)]
 
 
-def recount(graph: fx.Graph, node: fx.Node, count: Count, module: fx.GraphModule) -> fx.Node:
+def recount(graph: fx.Graph, node: fx.Node, count: Count, layers: Layers) -> fx.Node:
     """Put an average that knows of the zeros in the place of `node`; returns it."""
-    kind = kind_of(node, module)
+    kind = kind_of(node, layers)
     with graph.inserting_before(node):
         if kind in LAYER_NORMS:
-            new = _layer_norm(graph, node, count.ratio, module)
+            new = _layer_norm(graph, node, count.ratio, layers)
         elif kind in RMS_NORMS:
-            new = _rms_norm(graph, node, count, module)
+            new = _rms_norm(graph, node, count, layers)
         else:
             mean = graph.node_copy(node)
             new = graph.call_function(operator.mul, (mean, count.ratio))
@@ -66,8 +68,8 @@ def recount(graph: fx.Graph, node: fx.Node, count: Count, module: fx.GraphModule
     return new
 
 
-def _layer_norm(graph: fx.Graph, node: fx.Node, r: float, module: fx.GraphModule) -> fx.Node:
-    x, (weight, bias, eps) = node.args[0], _arguments(graph, node, module, 1e-5)
+def _layer_norm(graph: fx.Graph, node: fx.Node, r: float, layers: Layers) -> fx.Node:
+    x, (weight, bias, eps) = node.args[0], _arguments(graph, node, layers, 1e-5)
     call = graph.call_function
     if weight is not None:  # under autocast, statistics are taken in full precision
         x = graph.call_method("to", (x, call(getattr, (weight, "dtype"))))
@@ -84,28 +86,28 @@ def _layer_norm(graph: fx.Graph, node: fx.Node, r: float, module: fx.GraphModule
     return new
 
 
-def _rms_norm(graph: fx.Graph, node: fx.Node, count: Count, module: fx.GraphModule) -> fx.Node:
-    x, (weight, _, eps) = node.args[0], _arguments(graph, node, module, None)
+def _rms_norm(graph: fx.Graph, node: fx.Node, count: Count, layers: Layers) -> fx.Node:
+    x, (weight, _, eps) = node.args[0], _arguments(graph, node, layers, None)
     if eps is None:
-        first = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+        first = next((p for p in layers[""].parameters() if p.is_floating_point()), torch.empty(0))
         eps = torch.finfo(first.dtype).eps
     norm = graph.call_function(F.rms_norm, (x, (count.size,), weight, eps / count.ratio))
     return graph.call_function(operator.mul, (norm, 1 / math.sqrt(count.ratio)))
 
 
 def _arguments(
-    graph: fx.Graph, node: fx.Node, module: fx.GraphModule, eps: float | None
+    graph: fx.Graph, node: fx.Node, layers: Layers, eps: float | None
 ) -> tuple[Any, Any, Any]:
     """Scale, shift and eps of a norm, module or function."""
     if node.op == "call_module":
-        layer: Any = module.get_submodule(str(node.target))
+        layer: Any = layers[str(node.target)]
         weight, bias = (
             None if getattr(layer, name, None) is None else graph.get_attr(f"{node.target}.{name}")
             for name in ("weight", "bias")
         )
         return weight, bias, layer.eps
     names: tuple[str, ...] = ("normalized_shape", "weight", "bias", "eps")
-    if kind_of(node, module) in RMS_NORMS:
+    if called(node) in RMS_NORMS:
         names = ("normalized_shape", "weight", "eps")
     given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     return given.get("weight"), given.get("bias"), given.get("eps", eps)

@@ -15,6 +15,7 @@ from demp_fx.calls import called
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.constants import foldable
 from demp_fx.channels.labels import varying
+from demp_fx.channels.network import CATS
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Edge
@@ -34,8 +35,6 @@ from demp_fx.passes.plan import (
 from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
 from demp_fx.trees import tensors_of
-
-CATS = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}
 
 
 def plan_of(walk: Walk, solution: Solution) -> PruningPlan:
@@ -75,7 +74,7 @@ class _Planner:
                 self.misfits.update(dict.fromkeys(error.nodes))
         if self.misfits:
             raise MisfitError(*self.misfits)
-        plan.counts = counts(self.walk.graph, sizes)
+        plan.counts = counts(self.walk.layers, sizes)
         numbers = frozen_scalars(self.walk.graph, sizes)
         plan.literals = written + [n for n in numbers if isinstance(n, Literal)]
         plan.frozen = [n for n in numbers if isinstance(n, Frozen)]

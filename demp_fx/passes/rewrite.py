@@ -52,8 +52,9 @@ def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Grap
         consumer.replace_input_with(chain[0], put)
     for total in plan.sums:
         _sum(new, total, named, constants)
+    layers = dict(constants.module.named_modules(remove_duplicate=False)) if plan.counts else {}
     for count in plan.counts:
-        named[count.node] = recount(new, named[count.node], count, constants.module)
+        named[count.node] = recount(new, named[count.node], count, layers)
     for selection in plan.selections:
         for name in reversed(selection.path):
             if name in named and not named[name].users:
