@@ -49,6 +49,7 @@ class Sizes:
     merged: Callable[[fx.Node], set[int]]
     changed: set[fx.Node] = field(default_factory=set)
     _new: dict[fx.Node, dict[int, int]] = field(default_factory=dict)
+    _followed: dict[fx.Node, Any] = field(default_factory=dict)
 
     def new(self, node: fx.Node) -> dict[int, int]:
         """The new size of each dim of a node's value that gets narrower."""
@@ -65,6 +66,11 @@ class Sizes:
         where nobody can tell."""
         if not isinstance(given, fx.Node):
             return given
+        if given not in self._followed:  # a size may be in many others
+            self._followed[given] = self._worked_out(given)
+        return self._followed[given]
+
+    def _worked_out(self, given: fx.Node) -> Any:
         if called(given) in ASKS and isinstance(given.args[0], fx.Node):
             return self._asked(given)
         arguments = [self.follows(a) for a in given.args]
