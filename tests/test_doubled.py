@@ -75,3 +75,21 @@ def test_who_writes_into_a_weight_is_given_a_copy() -> None:
         run(module, Inputs.of(x), training=False)
     demp_fx.passes.verify(module, module, x)
     assert torch.equal(module.weight, before)
+
+
+def test_constants_made_in_forward_are_converted() -> None:
+    class Pooled(nn.Module):
+        """Code under `tensordot` asks both sides for one dtype."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(12, 8), nn.Linear(3, 2)
+            with torch.no_grad():
+                self.make.weight[:2] = self.make.bias[:2] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(torch.tensordot(self.make(x), torch.ones(8, 3), dims=([1], [0])))
+
+    result = demp_fx.compile(Pooled(), torch.randn(4, 12))
+    assert result.report.verification.eval_error < 1e-14
+    assert result.module.make.weight.shape == (6, 12)

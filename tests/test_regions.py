@@ -182,3 +182,21 @@ def test_movements_that_go_on_behind_a_region_are_no_selection() -> None:
     narrow = demp_fx.compile(model, X).module
     torch.testing.assert_close(narrow(X), model(X))
     assert effects(narrow, training=True) == effects(model, training=True)
+
+
+def test_movements_around_a_detach_keep_it() -> None:
+    class Swaps(nn.Module):
+        """Channels change places, behind which no gradient passes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(6, 8), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.make.weight[[1, 2]] = self.make.bias[[1, 2]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            apart = self.make(x).view(-1, 2, 4).detach().transpose(1, 2)
+            return self.read(apart.reshape(-1, 8))
+
+    narrow = demp_fx.compile(Swaps(), X).module
+    assert effects(narrow, training=True)[1] == {"read.weight", "read.bias"}

@@ -74,15 +74,20 @@ class Chains:
         return True
 
     def _selection(self, chain: Chain, dims: set[int]) -> Selection | None:
-        """Move the numbers of all places along the chain, and see whether one axis was picked."""
+        """Move the numbers of all places along the chain, and see whether one axis was picked (and
+        the gradient with it)."""
         source = self.env[chain.source]
-        places = torch.arange(source.numel()).reshape(source.shape)
+        places = torch.arange(source.numel(), dtype=torch.float64).reshape(source.shape)
         try:
-            result = self._run(chain, places)
+            with torch.enable_grad():
+                result = self._run(chain, places.requires_grad_())
         except (RuntimeError, NotImplementedError, TypeError):
             return None
         if not isinstance(result, Tensor) or result.dim() != source.dim():
             return None
+        if not result.requires_grad:
+            return None
+        places, result = places.detach().long(), result.detach().long()
         for dim in dims:
             rest = [d for d in range(source.dim()) if d != dim]
             if any(result.size(d) != source.size(d) for d in rest) or not result.numel():

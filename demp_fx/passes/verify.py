@@ -224,9 +224,7 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     try:
         for table in tables:
             for key, tensor in table.items():
-                # a constant of the code is one of the original as well, and is not converted there
-                constant = key.startswith(CONSTANT)
-                if tensor is not None and id(tensor) not in whole and not constant:
+                if tensor is not None and id(tensor) not in whole:
                     to = dtype if tensor.is_floating_point() else None
                     table[key] = tensor.detach().to(to, copy=True)
         yield kept

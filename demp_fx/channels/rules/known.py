@@ -66,9 +66,9 @@ def _computed(
         return None
     letters = b.letters
     for x in b.letters:
-        if x in a.letters and x in result:  # a batch: one weight for all of it, or no weight at all
+        if x in a.letters and x in result:  # a batch: one weight for all of it?
             if weight.stride(letters.find(x)) != 0 and weight.size(letters.find(x)) > 1:
-                return None
+                return _annihilated(walk, (a, b), result) if bias is None else None
             weight, letters = weight.select(letters.find(x), 0), letters.replace(x, "")
     weight = weight.movedim((letters.find(kept), letters.find(summed)), (0, 1))
     size = weight.size(1)
@@ -101,13 +101,16 @@ def _silent_filters(
 
 
 def _annihilated(walk: Stream, operands: tuple[Operand, Operand], result: str) -> Facts | None:
-    """Zeros of a product of two activations: where one of them is zero all along the summed dim."""
+    """Zeros of a product of blocks: where one of them is zero all along the summed dim."""
     found: Tensor | None = None
     for operand in operands:
-        facts = walk.value(operand.tensor).facts
-        if facts is None:
+        value = walk.value(operand.tensor)
+        if value.data is not None:
+            zero = (value.data == 0).cpu()
+        elif value.facts is not None:
+            zero = value.facts.aligned(len(operand.letters)).zero
+        else:
             continue
-        zero = facts.aligned(len(operand.letters)).zero
         rest = [d for d, x in enumerate(operand.letters) if x not in result]
         for d in rest:  # the summed dim, and those of a kernel
             zero = zero.all(d, keepdim=True)
