@@ -237,6 +237,15 @@ class Stream(TorchDispatchMode):
                 return whole.along(axes.index(axis))
         return Empty(weight).along(dim)
 
+    def slices(self, weight: Tensor) -> Facts | None:
+        """Zeros of the numbers behind a value, where whole slices of them are, along any dim."""
+        found: Tensor | None = None
+        for d in range(weight.dim()):
+            if (empty := self.empty(weight, d)) is not None:
+                zero = along(empty, weight.dim(), d)
+                found = zero if found is None else found | zero
+        return None if found is None else Facts.zeros(found)
+
     def give(
         self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,
         moved: bool = False,

@@ -18,8 +18,6 @@ from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
 
-Keyed = dict[tuple[int, ...], Tensor]
-
 
 def contract(equation: str, bias: str | None = None) -> Rule:
     """The rule of a contraction of two operands; `bias` names the argument added to the result."""
@@ -54,17 +52,16 @@ def meet(
     gate = None if batch is None else _gate(walk, call, a, b, batch)
     labels = _kept(walk, call, a, b, place)
     if batch is not None and gate is not None:
-        if any(place[batch] in key and len(key) > 1 for key in labels):
-            labels.pop((place[batch],), None)  # the rows of the others say it all
-        else:
-            labels[place[batch],] = along(gate, out.dim(), place[batch])
+        labels = [label for label in labels if varying(label) != (place[batch],)]
+        if not any(place[batch] in varying(label) for label in labels):
+            labels.append(along(gate, out.dim(), place[batch]))  # else rows of others say it all
     if bias is not None:
         add_bias(walk, call, labels, bias, out)
     read = None
-    sides = list(labels.values())
+    sides = list(labels)
     for letter in shared - set(result):
         macs = macs or out.numel() * a.tensor.size(a.dim(letter))
-        outputs = tuple(label.reshape(-1) for label in labels.values())
+        outputs = tuple(label.reshape(-1) for label in labels)
         sides += b.labels(walk, letter) or a.labels(walk, letter)
         if gate is None or batch is None:
             _tie_others(walk, call, a, b, letter)
@@ -73,7 +70,7 @@ def meet(
             _read_rows(walk, call, a, b, (batch, letter), gate, outputs, macs)
     walk.system.multiply(macs, *sides)
     facts = constants(walk, a, b, result, bias, padded, read) if walk.with_facts else None
-    walk.give(out, tuple(labels.values()), facts)
+    walk.give(out, tuple(labels), facts)
 
 
 def _adopt(walk: Stream, a: Operand, b: Operand, letter: str) -> None:
@@ -84,20 +81,23 @@ def _adopt(walk: Stream, a: Operand, b: Operand, letter: str) -> None:
         walk.relabel(a.tensor, (*value.labels, along(channels, a.tensor.dim(), d)))
 
 
-def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]) -> Keyed:
-    """The labels of the result, by the dims on which they vary."""
-    labels: Keyed = {}
+def _kept(
+    walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]
+) -> list[Tensor]:
+    """The labels of the result: what both operands carry on the same dims is one."""
+    labels: list[Tensor] = []
     for operand in (a, b):
         dims = {d: place[x] for d, x in enumerate(operand.letters) if x in place}
+        before = tuple(labels)
         for label in walk.value(operand.tensor).labels:
             kept = moved(label, dims, call.outputs[0].dim())
             if kept is None:
                 continue
-            key = varying(kept)
-            if key in labels:
-                walk.system.same(labels[key], kept, call.site)
-            else:
-                labels[key] = kept
+            same = [x for x in before if varying(x) == varying(kept)]
+            for x in same:
+                walk.system.same(x, kept, call.site)
+            if not same:
+                labels.append(kept)
     return labels
 
 
@@ -144,14 +144,15 @@ def _tie_others(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -
             walk.relabel(operand.tensor, tuple(line if x is found[0] else x for x in others))
 
 
-def add_bias(walk: Stream, call: Call, labels: Keyed, bias: Tensor, out: Tensor) -> None:
+def add_bias(walk: Stream, call: Call, labels: list[Tensor], bias: Tensor, out: Tensor) -> None:
     """Tie a bias to the labels of what it is added to."""
     rank, d = out.dim(), 1 if call.op._schema.name == "aten::convolution" else out.dim() - 1
     for label in walk.value(bias).labels:
         label = along(label, rank, d) if bias.dim() == 1 else label
-        if varying(label) in labels:
-            walk.system.same(labels[varying(label)], label, call.site)
-        else:
+        same = [x for x in labels if varying(x) == varying(label)]
+        for x in same:
+            walk.system.same(x, label, call.site)
+        if not same:
             walk.pin(call, label, "is added to channels that no parameter makes")
 
 
@@ -224,7 +225,8 @@ def _read_rows(
 
 def _zeros(walk: Stream, operand: Operand, label: Tensor) -> Tensor | None:
     """Which atoms of a label are known to be zero, flat."""
-    facts = walk.value(operand.tensor).facts
+    value = walk.value(operand.tensor)
+    facts = value.facts if value.data is None else walk.slices(value.data)
     zeros = None if facts is None else zero_at(facts, label)
     return zeros.reshape(-1) if zeros is not None and bool(zeros.any()) else None
 

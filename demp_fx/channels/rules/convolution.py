@@ -8,7 +8,7 @@ from torch import Tensor
 from demp_fx.channels.blocks import repeats_along
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
-from demp_fx.channels.rules.contract import Keyed, add_bias, meet
+from demp_fx.channels.rules.contract import add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import STRUCTURE, Rule, Stream
@@ -100,7 +100,7 @@ def depthwise(walk: Stream, call: Call) -> None:
         walk.pin(call, filters, "convolves channels that no parameter makes")
     else:
         walk.system.same(source.repeat_interleave(times), filters, call.site)
-    labels: Keyed = {(1,): along(filters, rank, 1)}
+    labels = [along(filters, rank, 1)]
     if bias is not None:
         add_bias(walk, call, labels, bias, out)
     walk.system.multiply(out.numel() * (weight.numel() // weight.size(0)), filters)
@@ -110,7 +110,7 @@ def depthwise(walk: Stream, call: Call) -> None:
     if walk.with_facts and offset is not None:
         before = seen.along(1, size) if seen is not None else None
         facts = _channelwise(walk, weight, before, offset, times, any(p != 0 for p in call.args[4]))
-    walk.give(out, tuple(labels.values()), None if facts is None else facts.spread(rank, 1))
+    walk.give(out, tuple(labels), None if facts is None else facts.spread(rank, 1))
 
 
 def _channelwise(
@@ -165,7 +165,7 @@ def grouped(walk: Stream, call: Call) -> None:
                 walk.pin(call, label, "grouped convolution of channels that no parameter makes")
         walk.give(out, ())
         return
-    labels: Keyed = {(1,): along(produced, x.dim(), 1)}
+    labels = [along(produced, x.dim(), 1)]
     if bias is not None:
         add_bias(walk, call, labels, bias, out)
     ins, outs = source.reshape(groups, -1), produced.reshape(groups, -1)
@@ -187,7 +187,7 @@ def grouped(walk: Stream, call: Call) -> None:
     known = None
     if walk.with_facts and not transposed and offset is not None:
         known = _channelwise(walk, weight, None, offset, 1, padded=True)
-    walk.give(out, tuple(labels.values()), None if known is None else known.spread(x.dim(), 1))
+    walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
 
 
 RULES: dict[str, Rule] = {"aten::convolution": convolution}

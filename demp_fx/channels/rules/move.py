@@ -52,10 +52,13 @@ def move(walk: Stream, call: Call) -> None:
 
     walk.moves += 1
     results = [apply(label) for label in value.labels]
-    facts = _facts(value.facts, apply) if walk.with_facts else None
+    known = value.facts
     real: list[Tensor | None] = [None] * len(call.outputs)
     if value.data is not None and call.op.is_view:
-        real = list(_real(call, value.data))
+        real = _real(call, value.data)
+    elif value.data is not None and known is None and walk.with_facts:
+        known = walk.slices(value.data)
+    facts = _facts(known, apply) if walk.with_facts else None
     for k, out in enumerate(call.outputs):
         labels = []
         for before, after in zip(value.labels, (compress(r[k]) for r in results), strict=True):
@@ -142,7 +145,7 @@ def compressed(known: Tensor, evaluated: Tensor, trained: Tensor, profile: Tenso
     return Facts(known, torch.stack([evaluated, trained]), profile)
 
 
-def _real(call: Call, data: Tensor) -> list[Tensor]:
+def _real(call: Call, data: Tensor) -> list[Tensor | None]:
     result = call.op(data, *call.args[1:], **call.kwargs)
     return [result] if isinstance(result, Tensor) else list(result)
 
