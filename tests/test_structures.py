@@ -126,3 +126,31 @@ def test_the_first_state_of_a_loop_has_the_channels_that_it_meets(state: str) ->
     assert narrow.get_submodule("u").weight.shape == (12, 4)
     x = torch.randn(5, 3, 6, dtype=torch.float64)
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["list", "buffer", "arange", "mirrored"])
+@pytest.mark.parametrize("cuts", ["never", "pays", "always"])
+def test_one_channel_that_is_picked_by_its_number(way: str, cuts: Cuts) -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.one, self.all = nn.Linear(5, 6), nn.Linear(1, 2), nn.Linear(6, 2)
+            self.register_buffer("number", torch.tensor([3]))
+            with torch.no_grad():
+                self.make.weight[[0, 2]] = self.make.bias[[0, 2]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.make(x).relu()
+            picked = {
+                "list": lambda: h[:, [3]],
+                "buffer": lambda: h.index_select(1, self.number),
+                "arange": lambda: h.index_select(1, torch.arange(h.shape[1])[3:4]),
+                "mirrored": lambda: h.flip(1)[:, 2:3],
+            }[way]()
+            result: Tensor = self.one(picked) + self.all(h)
+            return result
+
+    torch.manual_seed(0)
+    model, x = Picks().double(), torch.randn(3, 5, dtype=torch.float64)
+    narrow = demp_fx.compile(model, x, cuts=cuts, verify=False).module
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -32,12 +32,14 @@ class Chain:
 
 @dataclass(frozen=True)
 class Selection:
-    """A node that is `source.index_select(dim, index)`, by the movements `path`."""
+    """A node that is `source.index_select(dim, index)`, by the movements `path`; `broken` as in its
+    chain."""
 
     source: fx.Node
     dim: int
     index: Tensor
     path: tuple[fx.Node, ...]
+    broken: Labels
 
 
 class Chains:
@@ -67,7 +69,8 @@ class Chains:
         if not is_flat(labels) or not isinstance(self.env[node], Tensor):
             self.open[node] = chain
             return True
-        found = self._selection(chain, {d for label in labels for d in varying(label)})
+        dims = {d for label in (*labels, *chain.broken) for d in varying(label)}
+        found = self._selection(chain, dims)
         if found is None:
             return not chain.broken
         self.selections[node] = found
@@ -95,7 +98,7 @@ class Chains:
             line = result.permute(dim, *rest).reshape(result.size(dim), -1)[:, 0]
             index = line // places.stride(dim) % source.size(dim)
             if torch.equal(places.index_select(dim, index), result):
-                return Selection(chain.source, dim, index, chain.path)
+                return Selection(chain.source, dim, index, chain.path, chain.broken)
         return None
 
     def _run(self, chain: Chain, value: Any) -> Any:

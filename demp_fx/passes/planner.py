@@ -202,8 +202,8 @@ class _Planner:
         """Movements that are replaced, and what leads to them alone."""
         chains, dropped = self.walk.chains, set()
         for node, end in chains.selections.items():
-            labels = [x for t in tensors_of(self.walk.env[end.path[0]])
-                      for x in self.walk.value(t).labels]  # fmt: skip
+            first = tensors_of(self.walk.env[end.path[0]])
+            labels = [*end.broken, *(x for t in first for x in self.walk.value(t).labels)]
             if not all(bool(self.solution.kept(x).all()) for x in labels):
                 dropped |= {node} | (set(end.path) & chains.loose)
         return dropped
@@ -213,9 +213,11 @@ class _Planner:
         for node, end in self.walk.chains.selections.items():
             if node not in self.dropped:
                 continue
-            label = next(x for x in self.walk.value(self.walk.env[node]).labels
-                         if varying(x) == (end.dim,))  # fmt: skip
-            kept = self.solution.kept(label.reshape(-1))
+            label = next((x for x in self.walk.value(self.walk.env[node]).labels
+                          if varying(x) == (end.dim,)), None)  # fmt: skip
+            kept = torch.ones_like(end.index, dtype=torch.bool)  # of one that is taken alone
+            if label is not None:
+                kept = self.solution.kept(label.reshape(-1))
             # by its labels, though it may be replaced by a selection itself
             before = self.walk.env[end.source]
             own = _mask(self._masks(end.source, before)[0], before, end.dim)

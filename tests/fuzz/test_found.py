@@ -8,6 +8,9 @@ from tests.fuzz.check import check
 from tests.fuzz.network import Net
 
 FOUND = {
+    "a single channel that is picked by a number": """
+        Net(blocks=(Split(how='index', first=1, work='layer'),), space=(5, 4), stem=2,
+            kills=('zero',), fraction=0.5, cuts='always')""",
     "a narrow() whose length the code computes": """
         Net(blocks=(Split(how='narrow', work='gate', swap=True, first=3),
                     Grouped(each=2, bias=True, norm='instance', act='silu', groups=2)),

@@ -81,9 +81,7 @@ def _adopt(walk: Stream, a: Operand, b: Operand, letter: str) -> None:
         walk.relabel(a.tensor, (*value.labels, along(channels, a.tensor.dim(), d)))
 
 
-def _kept(
-    walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]
-) -> list[Tensor]:
+def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]) -> list[Tensor]:
     """The labels of the result: what both operands carry on the same dims is one."""
     labels: list[Tensor] = []
     for operand in (a, b):

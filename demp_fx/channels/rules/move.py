@@ -65,6 +65,8 @@ def move(walk: Stream, call: Call) -> None:
             if after.numel() <= 1:
                 if before.numel() > 1:
                     walk.pin(call, after, "a single channel is taken")
+                    if name in PICKS:  # by its number, which others before it change
+                        walk.unfit.append((before, f"{name} rearranges channels"))
                 continue
             fitting = fits(walk, before, after, call)
             if not fitting and len(value.labels) > 1 and walk.system.is_fixed(before):
