@@ -141,3 +141,19 @@ def test_numbers_keep_the_old_width_and_follow_the_image(name: str) -> None:
         x = torch.randn(images, 3, side, side).double()
         assert torch.allclose(result.module(x), model(x), atol=1e-12)
         assert torch.allclose(replayed(x), model(x), atol=1e-12)
+
+
+FILLED: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "new": lambda h, n: h + h.new_full((1, 1, 8), n),
+    "like": lambda h, n: torch.where(h == 0, torch.full_like(h, n), h),
+    "number": lambda h, n: torch.where(h == 0, n, h),
+    "masked": lambda h, n: h.masked_fill(h == 0, n),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_a_number_that_is_a_size_of_the_input_is_no_constant(name: str) -> None:
+    model = Sized(lambda h: FILLED[name](h, h.size(1)))
+    narrow = demp_fx.compile(model, torch.randn(2, 4, 5).double()).module
+    x = torch.randn(2, 7, 5).double()
+    assert torch.allclose(narrow(x), model(x), atol=1e-12)

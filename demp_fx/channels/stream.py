@@ -102,7 +102,7 @@ class Stream(TorchDispatchMode):
         writes = []
         for tensor in written(func, args, kwargs):
             storage = memory_of(tensor)
-            write = Write.by(func, args, tensor)
+            write = Write.by(func, args, tensor, self.sized)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
             writes.append((write, self.value(tensor).labels))
         self._meet(call)

@@ -34,11 +34,12 @@ class Write:
     facts: Facts | None = None
 
     @classmethod
-    def by(cls, op: Any, args: tuple[Any, ...], tensor: Tensor) -> Write:
-        """What a call of `op` writes to `tensor`."""
+    def by(cls, op: Any, args: tuple[Any, ...], tensor: Tensor, sized: bool = False) -> Write:
+        """What a call of `op` writes to `tensor`. One that may depend on a size of the example
+        (`sized`) is no number that is known."""
         if op is aten.zero_.default:
             return cls(tensor, 0.0)
-        return cls(tensor, float(args[1]) if op is aten.fill_.Scalar else None)
+        return cls(tensor, float(args[1]) if op is aten.fill_.Scalar and not sized else None)
 
     def label_like(self, label: Tensor, origin: Tensor) -> Tensor | None:
         """The label of the tensor that has all channels of another one, if there is one. `origin`:

@@ -50,11 +50,20 @@ def rule_of(op: torch._ops.OpOverload) -> Rule:
     rule = RULES.get(op._schema.name)
     if rule is not None:
         return rule
-    if torch.Tag.pointwise in op.tags:
+    if torch.Tag.pointwise in op.tags or torch.Tag.pointwise in _out_of_place(op).tags:
         return pointwise.pointwise
     if op.is_view:
         return move.move
     return opaque
+
+
+def _out_of_place(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The op that one in place is named after, if it is one: not all of them have its tags."""
+    space, _, name = op._schema.name.partition("::")
+    if space != "aten" or not name.endswith("_"):
+        return op
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, op._overloadname, op)
 
 
 def opaque(walk: Stream, call: Call) -> None:

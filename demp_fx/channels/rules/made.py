@@ -18,6 +18,7 @@ LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_l
 FILLS = {"aten::zeros", "aten::ones", "aten::full",
          "aten::new_zeros", "aten::new_ones", "aten::new_full"}  # fmt: skip
 NUMBERS = {"zeros": 0.0, "zero_": 0.0, "ones": 1.0}
+GIVEN = {"scalar_tensor": "s", "fill_": "value"}  # as "fill_value" by all others
 
 
 def like(walk: Stream, call: Call) -> None:
@@ -35,13 +36,22 @@ def fill(walk: Stream, call: Call) -> None:
         walk.value(out).blank = frozenset(range(out.dim()))
 
 
+def scalar(walk: Stream, call: Call) -> None:
+    """A number among the operands of an op that takes tensors."""
+    out = call.outputs[0]
+    walk.give(out, (), _one_number(walk, call, out))
+
+
 def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
-    """What is known of a constant."""
+    """What is known of a constant. (What depends on a size of the example is none.)"""
     name = call.op._schema.name.removeprefix("aten::").removeprefix("new_").removesuffix("_like")
-    number = NUMBERS.get(name, call.arg("fill_value"))
+    number = NUMBERS.get(name)
+    if number is None and not walk.sized:
+        number = call.arg(GIVEN.get(name, "fill_value"))
     if not isinstance(number, (int, float)) or not walk.with_facts or not out.is_floating_point():
         return None
     return Facts.exactly(torch.tensor(number, dtype=out.dtype)).aligned(out.dim())
 
 
-RULES: dict[str, Rule] = {**dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill)}
+RULES: dict[str, Rule] = {**dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill),
+                          "aten::scalar_tensor": scalar}  # fmt: skip

@@ -28,6 +28,9 @@ UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten:
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
+# A mask, and the two values that it chooses between, by the names of the arguments.
+CHOICES = {"aten::where": ("condition", "self", "other"),
+           "aten::masked_fill": ("mask", "self", "value")}  # fmt: skip
 
 
 def pointwise(walk: Stream, call: Call) -> None:
@@ -132,8 +135,9 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     if not (out.is_floating_point() or out.is_complex()):
         return None
     found = [walk.value(t).facts for t in call.tensors]
-    if call.op._schema.name == "aten::where" and found[0] is None and len(found) == 3:
-        return either(found[1], found[2], out)
+    chosen = _chosen(walk, call)
+    if chosen is not None:
+        return either(*chosen, out)
     facts = [f for f in found if f is not None]
     if not facts:
         return None
@@ -152,6 +156,18 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
     result = Facts.of(known, values)
     return None if result is None else result.aligned(out.dim())
+
+
+def _chosen(walk: Stream, call: Call) -> tuple[Facts | None, Facts | None] | None:
+    """What is known of the two values between which a mask chooses, where it is not known which."""
+    names = CHOICES.get(call.op._schema.name.rstrip("_"))
+    if names is None or walk.value(call.arg(names[0])).facts is not None:
+        return None
+    one, other = (call.arg(name) for name in names[1:])
+    if isinstance(other, Tensor):
+        return walk.value(one).facts, walk.value(other).facts
+    number = None if walk.sized else Facts.exactly(torch.tensor(other))
+    return walk.value(one).facts, number
 
 
 def either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
