@@ -34,6 +34,10 @@ def asks_torch(x: Any) -> Tensor:
     return first * 2
 
 
+def asks_torchscript(x: Any) -> Tensor:
+    return x * 2 if torch.jit.isinstance(x, Tensor) else x
+
+
 def takes_a_default(x: Any) -> Tensor:
     value = x() if callable(x) else x
     assert callable(x.view)
@@ -45,7 +49,8 @@ def looks_up_by_rank(x: Any) -> Tensor:
 
 
 ASKS: list[Callable[[Any], Tensor]] = [
-    insists, insists_on_one_of_several, asks_torch, takes_a_default, looks_up_by_rank,
+    insists, insists_on_one_of_several, asks_torch, asks_torchscript, takes_a_default,
+    looks_up_by_rank,
 ]  # fmt: skip
 
 

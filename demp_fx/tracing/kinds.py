@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from demp_fx.tracing.values import KnownAttribute, KnownProxy, TensorProxy
 
 _is_a = isinstance
+_FOR_OTHERS = {"torch._jit_internal"}  # where torch asks on behalf of a model's code
 _PROXIES = {KnownProxy: Tensor, KnownAttribute: Tensor, TensorProxy: nn.Parameter}
 
 
@@ -27,7 +28,8 @@ def _isinstance(value: Any, kinds: Any) -> bool:
     if type(value) not in _PROXIES or not issubclass(_PROXIES[type(value)], kinds):
         return False
     asks = sys._getframe(1).f_globals.get("__name__", "")
-    return not asks.startswith("torch.") and _is_a(value.known(), Tensor)
+    plain = asks.startswith("torch.") and asks not in _FOR_OTHERS
+    return not plain and _is_a(value.known(), Tensor)
 
 
 @contextmanager
