@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
@@ -282,6 +283,8 @@ class Tracer(fx.Tracer):
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:
             return a
+        if isinstance(a, np.generic):  # else the code would have to import numpy
+            return a.item()
         if isinstance(a, fx.Proxy):
             if isinstance(a, Attribute) and a._node is not None and a._node._erased:
                 a._node = None  # it was made by an attempt that was rolled back

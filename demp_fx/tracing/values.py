@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
@@ -162,12 +163,18 @@ class _Known:
     """Sizes known from the example inputs may steer Python; assignment to items is recorded."""
 
     tracer: Any
+    __array_priority__ = Tensor.__array_priority__  # numpy's numbers let it do the arithmetic
 
     def known(self) -> Any:
         """Its value, or `UNKNOWN`; asking leaves no trace."""
         return self.tracer.values.of(self)
 
+    def __array__(self, *dtype: Any, **_copy: Any) -> Any:
+        return np.asarray(self.tracer.decided(self), *dtype)
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a protocol of somebody's own, such as numpy's
+            raise AttributeError(name)
         if name in RANK and isinstance(value := self.known(), Tensor):
             return getattr(value, name)
         return self.tracer.lend(KnownAttribute(self, name))  # type: ignore[arg-type]
