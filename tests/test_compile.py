@@ -615,6 +615,30 @@ def test_of_a_recurrent_layer_the_input_gets_narrower(kind: type[nn.RNNBase]) ->
     assert all(p.grad is not None for p in rnn.parameters())
 
 
+@pytest.mark.parametrize("given", ["by place", "by name", "without a batch", "with a state"])
+def test_of_a_long_sequence_a_recurrent_layer_is_looked_at_for_one_step(given: str) -> None:
+    class Listener(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rnn = nn.Linear(4, 6), nn.GRU(6, 5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x[0] if given == "without a batch" else x)
+            if given == "with a state":
+                return self.rnn(x, x.new_ones(1, x.shape[0], 5))[0]
+            return self.rnn(input=x)[0] if given == "by name" else self.rnn(x)[0]
+
+    torch.manual_seed(0)
+    net = Listener().double()
+    with torch.no_grad():
+        net.embed.weight[:3] = net.embed.bias[:3] = 0
+    x = torch.randn(2, 2000, 4, dtype=torch.float64)
+    result = demp_fx.compile(net, x)
+    assert result.module.get_submodule("rnn").input_size == 3
+    assert result.report.seconds["analyze"] < 5
+    torch.testing.assert_close(result.module(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_parametrized_layer_is_not_touched_by_looking_at_it() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(

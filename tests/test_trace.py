@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -610,6 +611,26 @@ def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) ->
     for x in (X, tensor(9, 4)):
         torch.testing.assert_close(graph(x), Tail()(x))
     assert not {"len", "int"} & globals().keys()
+
+
+NUMPY: dict[str, Any] = {
+    "a number": lambda x: x / np.sqrt(2.0) + np.sqrt(3.0) * x - np.float32(0.5),
+    "an index": lambda x: x[:, : np.int64(2)].sum(np.int64(1)),
+    "sizes": lambda x: x * 2 if (np.array(x.shape[1:]) % 2 == 0).all() else x,
+    "a size": lambda x: x.new_ones(int(np.ceil(x.shape[1] / 3))),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_numpy_gets_sizes_and_gives_numbers(name: str) -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return NUMPY[name](x)
+
+    graph = demp_fx.trace(Counts(), X)
+    assert not graph.meta["demp_fx"].exported
+    assert "np." not in source(graph)
+    torch.testing.assert_close(graph(X), Counts()(X))
 
 
 def test_wrapped_functions_are_looked_through_where_possible() -> None:

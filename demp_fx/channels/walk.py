@@ -7,6 +7,7 @@ nodes the walk leaves places where the graph may be cut.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -263,11 +264,20 @@ class Walk(Places):
         return self._ran(module, args, kwargs)
 
     def _recurrent(self, layer: nn.RNNBase, args: Any, kwargs: Any) -> Any:
-        """A recurrent layer, met as a whole: its kernels are many small ones for each step."""
-        out, op = self._ran(layer, args, kwargs), LayerOp(layer)
+        """A recurrent layer, met as a whole: its kernels are many small ones for each step, of
+        which one is run, as all give the same shapes."""
+        steps, *state = args = inspect.signature(layer.forward).bind(*args, **kwargs).args
+        op = LayerOp(layer)
+        if isinstance(steps, Tensor):
+            dim = int(layer.batch_first and steps.dim() == 3)
+            one, last = self._ran(layer, (steps.narrow(dim, 0, 1), *state), {})
+            shape = [steps.size(d) if d == dim else n for d, n in enumerate(one.shape)]
+            out: Any = (one.new_empty(shape), last)
+        else:
+            out = self._ran(layer, args, {})
         if self.labelled:
             call: Any = op
-            self._meet(Call(call, args, kwargs, out, replace(self.site, op=str(op))))
+            self._meet(Call(call, args, {}, out, replace(self.site, op=str(op))))
         else:
             self.system.macs += op.macs(args[0])
         return out

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
@@ -25,6 +26,9 @@ _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 # unless the size is given by this name, or behind a number.
 NUMBERS = {"item": "", "tolist": "", "numpy": "", "repeat_interleave": "output_size",
            "one_hot": "num_classes"}  # fmt: skip
+
+# How many dims a tensor has is a plain number, for code that looks things up by it.
+RANK = {"ndim", "dim", "ndimension"}
 
 
 class Unknown:
@@ -159,9 +163,21 @@ class _Known:
     """Sizes known from the example inputs may steer Python; assignment to items is recorded."""
 
     tracer: Any
+    __array_priority__ = Tensor.__array_priority__  # numpy's numbers let it do the arithmetic
 
-    def __getattr__(self, name: str) -> KnownAttribute:
-        return KnownAttribute(self, name)  # type: ignore[arg-type]
+    def known(self) -> Any:
+        """Its value, or `UNKNOWN`; asking leaves no trace."""
+        return self.tracer.values.of(self)
+
+    def __array__(self, *dtype: Any, **_copy: Any) -> Any:
+        return np.asarray(self.tracer.decided(self), *dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a protocol of somebody's own, such as numpy's
+            raise AttributeError(name)
+        if name in RANK and isinstance(value := self.known(), Tensor):
+            return getattr(value, name)
+        return self.tracer.lend(KnownAttribute(self, name))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return int(self.tracer.length(self))
@@ -198,6 +214,9 @@ class KnownProxy(_Known, fx.Proxy):
 
 class KnownAttribute(_Known, Attribute):
     """The proxy of an attribute of a proxy; a node only where it is not called as a method."""
+
+    def known(self) -> Any:
+        return getattr(self.root.known(), self.attr, UNKNOWN)
 
 
 class TensorProxy(KnownProxy):
