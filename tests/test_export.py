@@ -28,8 +28,8 @@ def tensor(*size: int) -> Tensor:
 
 
 def checked(x: Any) -> Tensor:
-    """What symbolic tracing cannot take: a proxy is no tensor."""
-    if not isinstance(x, Tensor):
+    """What symbolic tracing cannot take: the class of a proxy is no tensor."""
+    if not issubclass(type(x), Tensor):
         raise TypeError("not a tensor")
     return x
 

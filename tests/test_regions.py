@@ -21,8 +21,8 @@ Region = Callable[[nn.Module, Tensor], Any]
 
 
 def as_tensor(x: Any) -> Tensor:
-    """What symbolic tracing cannot take: a proxy is no tensor."""
-    if not isinstance(x, Tensor):
+    """What symbolic tracing cannot take: the class of a proxy is no tensor."""
+    if not issubclass(type(x), Tensor):
         raise TypeError("not a tensor")
     return x
 

@@ -9,6 +9,7 @@ import itertools
 import operator
 import sys
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from demp_fx.tracing.functions import (
     batch_norms_in_parts,
     distributions_of_proxies,
 )
+from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
@@ -83,6 +85,7 @@ class Tracer(fx.Tracer):
         self.mode_decisions = 0
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.expressions: dict[type[nn.Module], Expression | None] = {}
+        self.lent: list[weakref.ref[fx.Proxy]] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
@@ -96,9 +99,13 @@ class Tracer(fx.Tracer):
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
             distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
+            proxies_are_tensors(),
         ):  # fmt: skip
             set_modes(self.flags)
-            graph = super().trace(root, concrete_args)
+            try:
+                graph = super().trace(root, concrete_args)
+            finally:
+                self._take_back()
         graph._tracer_cls = None
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
@@ -302,7 +309,19 @@ class Tracer(fx.Tracer):
         return proxy
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return KnownProxy(node, self)
+        return self.lend(KnownProxy(node, self))
+
+    def lend(self, proxy: fx.Proxy) -> fx.Proxy:
+        """`proxy`, which the model's code gets for as long as it is traced."""
+        self.lent.append(weakref.ref(proxy))
+        return proxy
+
+    def _take_back(self) -> None:
+        """Code may keep proxies for good, as keys of a cache of its own (einops does): they then do
+        not keep the model."""
+        for reference in self.lent:
+            if (proxy := reference()) is not None:
+                vars(proxy).clear()
 
     def decided(self, proxy: Any) -> Any:
         """The value of `proxy`, from now on taken as given; refused where it depends on data."""

@@ -26,6 +26,9 @@ _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 NUMBERS = {"item": "", "tolist": "", "numpy": "", "repeat_interleave": "output_size",
            "one_hot": "num_classes"}  # fmt: skip
 
+# How many dims a tensor has is a plain number, for code that looks things up by it.
+RANK = {"ndim", "dim", "ndimension"}
+
 
 class Unknown:
     """The type of `UNKNOWN`, the value of a node that cannot be run on meta tensors."""
@@ -160,8 +163,14 @@ class _Known:
 
     tracer: Any
 
-    def __getattr__(self, name: str) -> KnownAttribute:
-        return KnownAttribute(self, name)  # type: ignore[arg-type]
+    def known(self) -> Any:
+        """Its value, or `UNKNOWN`; asking leaves no trace."""
+        return self.tracer.values.of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in RANK and isinstance(value := self.known(), Tensor):
+            return getattr(value, name)
+        return self.tracer.lend(KnownAttribute(self, name))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return int(self.tracer.length(self))
@@ -198,6 +207,9 @@ class KnownProxy(_Known, fx.Proxy):
 
 class KnownAttribute(_Known, Attribute):
     """The proxy of an attribute of a proxy; a node only where it is not called as a method."""
+
+    def known(self) -> Any:
+        return getattr(self.root.known(), self.attr, UNKNOWN)
 
 
 class TensorProxy(KnownProxy):

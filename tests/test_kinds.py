@@ -1,0 +1,107 @@
+"""Code that asks what it is given, before it does what it is there for: it gets tensors."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import demp_fx
+
+
+def insists(x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"not a tensor: {type(x)}")
+    return x * 2
+
+
+def insists_on_one_of_several(x: Any) -> Tensor:
+    assert isinstance(x, (int, Tensor))
+    assert isinstance(x.T, Tensor)
+    assert not isinstance(x, (int, nn.Parameter))
+    assert not isinstance(x.shape, Tensor)
+    return x * 2
+
+
+def asks_torch(x: Any) -> Tensor:
+    first = next(a for a in (3, None, x) if torch.is_tensor(a))
+    return first * 2
+
+
+def takes_a_default(x: Any) -> Tensor:
+    value = x() if callable(x) else x
+    assert callable(x.view)
+    return value.view(-1, 6) * 2
+
+
+def looks_up_by_rank(x: Any) -> Tensor:
+    return x * {1: 1, 2: 2}[x.ndim] * {2: 1}[x.dim()]
+
+
+ASKS: list[Callable[[Any], Tensor]] = [
+    insists, insists_on_one_of_several, asks_torch, takes_a_default, looks_up_by_rank,
+]  # fmt: skip
+
+
+class Asks(nn.Module):
+    """A layer, and a function of what it gives; half of the channels are dead."""
+
+    def __init__(self, function: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.make, self.read = nn.Linear(4, 6), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.make.weight[::2] = 0
+            self.make.bias[::2] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.function(self.make(x)))
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("function", ASKS)
+def test_a_proxy_is_what_it_stands_for(function: Callable[[Any], Tensor]) -> None:
+    model = Asks(function)
+    result = demp_fx.compile(model, X)
+    notes = result.module.meta["demp_fx"]
+    assert (notes.exported, notes.opaque, notes.baked) == ("", {}, [])
+    assert result.module.get_parameter("read.weight").shape == (3, 3)
+    torch.testing.assert_close(result.module(X), model(X), rtol=0, atol=1e-12)
+
+
+def test_parameters_are_parameters_in_the_models_code() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.scale, nn.Parameter)
+            return x * self.scale
+
+    assert demp_fx.trace(Scale(), X).meta["demp_fx"].exported == ""
+
+
+@functools.lru_cache
+def halved(shape: Any) -> list[Any]:
+    return [shape[0], shape[1] // 2, 2]
+
+
+def test_a_cache_of_shapes_does_not_keep_the_model() -> None:
+    model: nn.Module | None = Asks(lambda x: x.view(halved(x.shape)).flatten(1))
+    kept = weakref.ref(model)
+    assert demp_fx.trace(model, X).meta["demp_fx"].opaque == {}
+    assert halved.cache_info().currsize == 1
+    model = None
+    gc.collect()
+    assert kept() is None
