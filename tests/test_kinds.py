@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +92,29 @@ def test_parameters_are_parameters_in_the_models_code() -> None:
             return x * self.scale
 
     assert demp_fx.trace(Scale(), X).meta["demp_fx"].exported == ""
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    """What works out its result from sizes that are plain numbers."""
+    batch, tokens, width = tuple(int(size) for size in x.shape)
+    numbers: Tensor = torch.reshape(x, (batch * tokens, width)) + y
+    return numbers.reshape(batch, tokens, width)
+
+
+def test_a_package_that_wants_plain_numbers_is_called_with_any_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package: Any = types.ModuleType("plain_sizes")
+    package.summed = summed
+    monkeypatch.setitem(sys.modules, "plain_sizes", package)
+    monkeypatch.setattr(summed, "__module__", "plain_sizes")
+    monkeypatch.setattr("demp_fx.tracing.tracer.PLAIN_SIZES", ("plain_sizes",))
+    model = Asks(lambda x: package.summed(x, x[0, 0]))
+    result = demp_fx.compile(model, X.view(1, 5, 4))
+    assert not any("size in x.shape" in line for line in result.report.assumptions)
+    assert result.module.get_parameter("read.weight").shape == (3, 3)
+    x = torch.randn(3, 7, 4).double()
+    torch.testing.assert_close(result.module(x), model(x), rtol=0, atol=1e-12)
 
 
 @functools.lru_cache
