@@ -81,6 +81,21 @@ def test_a_proxy_is_what_it_stands_for(function: Callable[[Any], Tensor]) -> Non
     torch.testing.assert_close(result.module(X), model(X), rtol=0, atol=1e-12)
 
 
+def clamped(x: Tensor, value: float) -> Tensor:
+    return (x / value).tanh() * value
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_function_that_torchscript_has_compiled_is_looked_through() -> None:
+    compiled = torch.jit.script(clamped)
+    model = Asks(lambda x: compiled(x, value=2.0))
+    result = demp_fx.compile(model, X)
+    assert result.report.opaque == {}
+    assert result.module.get_parameter("read.weight").shape == (3, 3)
+    torch.testing.assert_close(result.module(X), model(X), rtol=0, atol=1e-12)
+    torch.testing.assert_close(compiled(X, 2.0), clamped(X, 2.0))
+
+
 def test_parameters_are_parameters_in_the_models_code() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

@@ -29,6 +29,7 @@ from demp_fx.tracing.functions import (
     aten_as_nodes,
     batch_norms_in_parts,
     distributions_of_proxies,
+    scripts_as_python,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.preserve import preserved
@@ -103,7 +104,7 @@ class Tracer(fx.Tracer):
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
             distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
-            proxies_are_tensors(),
+            scripts_as_python(), proxies_are_tensors(),
         ):  # fmt: skip
             set_modes(self.flags)
             try:
