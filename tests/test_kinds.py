@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +86,21 @@ def test_a_proxy_is_what_it_stands_for(function: Callable[[Any], Tensor]) -> Non
     torch.testing.assert_close(result.module(X), model(X), rtol=0, atol=1e-12)
 
 
+def clamped(x: Tensor, value: float) -> Tensor:
+    return (x / value).tanh() * value
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_function_that_torchscript_has_compiled_is_looked_through() -> None:
+    compiled = torch.jit.script(clamped)
+    model = Asks(lambda x: compiled(x, value=2.0))
+    result = demp_fx.compile(model, X)
+    assert result.report.opaque == {}
+    assert result.module.get_parameter("read.weight").shape == (3, 3)
+    torch.testing.assert_close(result.module(X), model(X), rtol=0, atol=1e-12)
+    torch.testing.assert_close(compiled(X, 2.0), clamped(X, 2.0))
+
+
 def test_parameters_are_parameters_in_the_models_code() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
@@ -95,6 +112,29 @@ def test_parameters_are_parameters_in_the_models_code() -> None:
             return x * self.scale
 
     assert demp_fx.trace(Scale(), X).meta["demp_fx"].exported == ""
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    """What works out its result from sizes that are plain numbers."""
+    batch, tokens, width = tuple(int(size) for size in x.shape)
+    numbers: Tensor = torch.reshape(x, (batch * tokens, width)) + y
+    return numbers.reshape(batch, tokens, width)
+
+
+def test_a_package_that_wants_plain_numbers_is_called_with_any_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package: Any = types.ModuleType("plain_sizes")
+    package.summed = summed
+    monkeypatch.setitem(sys.modules, "plain_sizes", package)
+    monkeypatch.setattr(summed, "__module__", "plain_sizes")
+    monkeypatch.setattr("demp_fx.tracing.tracer.PLAIN_SIZES", ("plain_sizes",))
+    model = Asks(lambda x: package.summed(x, x[0, 0]))
+    result = demp_fx.compile(model, X.view(1, 5, 4))
+    assert not any("size in x.shape" in line for line in result.report.assumptions)
+    assert result.module.get_parameter("read.weight").shape == (3, 3)
+    x = torch.randn(3, 7, 4).double()
+    torch.testing.assert_close(result.module(x), model(x), rtol=0, atol=1e-12)
 
 
 @functools.lru_cache

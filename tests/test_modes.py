@@ -84,6 +84,45 @@ def test_what_is_constant_in_eval_mode_alone_stays() -> None:
     torch.testing.assert_close(narrow.train()(x), expected, rtol=1e-12, atol=1e-12)
 
 
+class Shifted(nn.Module):
+    """Another constant in train mode: one channel stays to carry it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if self.training else x
+
+
+class Fewer(nn.Module):
+    """Half of the tokens in train mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : x.shape[1] // 2] if self.training else x
+
+
+class Turned(nn.Module):
+    """Other channels in train mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1) if self.training else x
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("module", "width"), [(Shifted(), 5), (Fewer(), 4), (Turned(), 8)])
+def test_a_module_may_be_another_in_train_mode(
+    module: nn.Module, width: int, training: bool
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), module, nn.Linear(8, 3)).double().train(training)
+    with torch.no_grad():
+        net[0].weight[:4] = 0
+        net[0].bias[:4] = 0
+    narrow = demp_fx.compile(net, torch.randn(2, 6, 5, dtype=torch.float64)).module
+    assert narrow.get_submodule("2").weight.shape[1] == width
+    x = torch.randn(3, 8, 5, dtype=torch.float64)
+    for mode in (False, True):
+        found, expected = narrow.train(mode)(x), net.train(mode)(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_noise_drawn_at_the_width_of_a_layer_does_not_hinder_the_comparison() -> None:
     class Noisy(Residual):
         def forward(self, x: Tensor) -> Tensor:

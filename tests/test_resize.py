@@ -103,6 +103,40 @@ def test_a_batch_within_the_channels_stays_free(images: int) -> None:
         assert torch.allclose(result.module(x), model(x), atol=1e-12)
 
 
+class HeadsWithinTheBatch(nn.Module):
+    """Attention on "(b h) n d", its sizes worked out; a head and some dims are dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.read = nn.Linear(5, 3 * 16, bias=False), nn.Linear(16, 3)
+        with torch.no_grad():
+            self.make.weight.view(3, 4, 4, 5)[:, 0] = 0
+            self.make.weight.view(3, 4, 4, 5)[:, :, 1] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = map(self.merged, self.make(x).chunk(3, -1))
+        mixed = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        merged, tokens, width = mixed.shape
+        apart = mixed.reshape(merged // 4, 4, tokens, width).permute(0, 2, 1, 3)
+        return self.read(apart.reshape(1 * (merged // 4), 1 * tokens, 4 * width))
+
+    def merged(self, x: Tensor) -> Tensor:
+        images, tokens, width = x.shape
+        heads = x.reshape(images, tokens, 4, width // 4).permute(0, 2, 1, 3)
+        return heads.reshape(1 * images * 4, 1 * tokens, 1 * (width // 4))
+
+
+def test_heads_within_the_batch_leave_it_free() -> None:
+    model = HeadsWithinTheBatch()
+    result = demp_fx.compile(model, torch.randn(2, 6, 5).double())
+    assert result.module.get_parameter("make.weight").shape[0] == 3 * 3 * 3
+    for images, tokens in ((1, 6), (3, 7)):
+        x = torch.randn(images, tokens, 5).double()
+        assert torch.allclose(result.module(x), model(x), atol=1e-12)
+
+
 COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda x, f: x / (f.shape[1] * f.shape[2] * f.shape[3]),
     "product_with_the_batch": lambda x, f: x / (f.size(0) * f.size(1) * f.size(2)),

@@ -93,6 +93,30 @@ def test_the_moments_of_a_grouped_convolution_are_cut_as_its_weights() -> None:
         assert torch.equal(moments[row], filters[list(columns)])
 
 
+OF_INPUTS: dict[str, Callable[[], nn.Sequential]] = {
+    "layer": lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)),
+    "batch": lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Conv1d(6, 4, 1)),
+    "group": lambda: nn.Sequential(nn.GroupNorm(3, 6), nn.Conv1d(6, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("norm", OF_INPUTS)
+def test_of_inputs_that_a_norm_scales_to_zero_nobody_reads_the_rest(norm: str) -> None:
+    torch.manual_seed(0)
+    model = OF_INPUTS[norm]().double()
+    with torch.no_grad():
+        model[0].weight[[0, 2, 3]] = 0
+        model[0].bias.normal_()
+
+    narrow = demp_fx.compile(model, torch.randn(2, 6, 6).double()).module
+
+    assert narrow.get_parameter("1.weight").shape[1] == 3
+    x = torch.randn(5, 6, 6).double()
+    for training in (False, True):
+        found, expected = narrow.train(training)(x), model.train(training)(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 STATES: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": lambda x: torch.zeros(x.size(0), 8, dtype=x.dtype),
     "new_zeros": lambda x: x.new_zeros(x.size(0), 8),

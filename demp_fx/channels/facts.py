@@ -133,3 +133,11 @@ def same_place(facts: list[Facts]) -> list[Facts]:
     facts = [f.aligned(rank) for f in facts]
     shape = torch.broadcast_shapes(*(f.known.shape for f in facts))
     return [f.map(lambda t: t.expand(shape)) for f in facts]
+
+
+def in_each_mode(evaluated: Facts | None, trained: Facts | None) -> Facts | None:
+    """What is known of a value that is one thing in eval mode and another in train mode."""
+    if evaluated is None or trained is None or evaluated.known.shape != trained.known.shape:
+        return None
+    values = torch.stack([evaluated.values[EVAL], trained.values[TRAIN]])
+    return Facts.of(evaluated.flat & trained.flat, values)

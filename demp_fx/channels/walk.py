@@ -25,14 +25,14 @@ from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.facts import Facts, in_each_mode
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
-from demp_fx.channels.value import Call
+from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import memory_of
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
@@ -245,14 +245,26 @@ class Walk(Places):
         finally:
             for m, mode in modes.items():
                 m.training = mode
+        found = {}
         for a, b in zip(tensors_of(evaluated), tensors_of(trained), strict=True):
-            first, second = self.value(a).labels, self.value(b).labels
-            if [x.shape for x in first] != [x.shape for x in second]:
-                self._pin((a, b), "its channels are others in the other mode")
-            for one, other in zip(first, second, strict=False):
-                if one.shape == other.shape:
-                    self.system.same(one, other, self.site)
-        return trained
+            found[b if module.training else a] = self._either_way(a, b, module.training)
+        out = trained if module.training else evaluated
+        return pytree.tree_map_only(Tensor, found.__getitem__, out)
+
+    def _either_way(self, evaluated: Tensor, trained: Tensor, training: bool) -> Tensor:
+        """One of two tensors, of which an index has to stay if that of the other does; of what is
+        known of it, what is known of both."""
+        first, second = self.value(evaluated), self.value(trained)
+        if [x.shape for x in first.labels] != [x.shape for x in second.labels]:
+            self._pin((evaluated, trained), "its channels are others in the other mode")
+        for one, other in zip(first.labels, second.labels, strict=False):
+            if one.shape == other.shape:
+                self.system.same(one, other, self.site)
+        out = (trained if training else evaluated).detach()
+        facts = in_each_mode(first.facts, second.facts) if self.with_facts else None
+        labels = (second if training else first).labels
+        out.__dict__["demp"] = Value(labels, facts, None, self.version(out))
+        return out
 
     def _whole(self, name: str) -> str:
         """Why a submodule is not looked into, if it is not."""

@@ -133,7 +133,7 @@ def _shape(node: fx.Node, sizes: Sizes, first: int = 1) -> Iterator[Literal]:
         and sizes.follows(size) not in (-1, new.get(d, shape[d]))
     }
     # where the batch, or another size of the input, is in it, torch works it out
-    free = sizes.merged(node) | (asked & changes.keys()) if changes else set()
+    free = sizes.merged(node) | (asked & changes.keys() - new.keys()) if changes else set()
     if len(free) == 1 and -1 not in given:
         changes |= dict.fromkeys(free & changes.keys(), -1)
     for d, n in changes.items():

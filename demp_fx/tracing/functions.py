@@ -135,6 +135,24 @@ def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
 
 
 @contextmanager
+def scripts_as_python() -> Iterator[None]:
+    """Meanwhile a function that TorchScript has compiled runs, on proxies, as it was written."""
+    kind: Any = torch.jit.ScriptFunction
+    compiled = kind.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        written = getattr(self, "_torchdynamo_inline", None)  # where torch.compile looks for it
+        proxies = _proxy_in((*args, *kwargs.values())) is not None
+        return written(*args, **kwargs) if written and proxies else compiled(self, *args, **kwargs)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = compiled
+
+
+@contextmanager
 def batch_norms_in_parts() -> Iterator[None]:
     """Meanwhile `super().forward(x)` in a subclass of a batch norm follows train() and eval()."""
     whole = _BatchNorm.forward

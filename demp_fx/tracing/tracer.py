@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import operator
 import sys
 import types
@@ -29,6 +30,7 @@ from demp_fx.tracing.functions import (
     aten_as_nodes,
     batch_norms_in_parts,
     distributions_of_proxies,
+    scripts_as_python,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.preserve import preserved
@@ -54,6 +56,8 @@ LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+# Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
+PLAIN_SIZES = ("einx",)
 # Arguments of these types are in the graph as they are.
 _LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
@@ -75,7 +79,8 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
-        super().__init__()
+        called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
+        super().__init__(autowrap_modules=called)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
         self.bound, self.forking = bound, forking
         self.opaque: dict[str, str] = {}
@@ -100,7 +105,7 @@ class Tracer(fx.Tracer):
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
             distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
-            proxies_are_tensors(),
+            scripts_as_python(), proxies_are_tensors(),
         ):  # fmt: skip
             set_modes(self.flags)
             try:
@@ -360,8 +365,9 @@ class Tracer(fx.Tracer):
 
 
 def _is_wrapped(target: Any) -> bool:
-    """Whether a function came here by torch.fx.wrap."""
-    return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+    """Whether a function came here by torch.fx.wrap, to be looked into."""
+    package = getattr(target, "__module__", "").partition(".")[0]
+    return isinstance(target, types.FunctionType) and package not in ("torch", *PLAIN_SIZES)
 
 
 def _has_state(module: nn.Module) -> bool:

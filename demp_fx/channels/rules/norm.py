@@ -46,6 +46,9 @@ def batch_norm(walk: Stream, call: Call) -> None:
             elif x.size(1) > 1:
                 walk.pin(call, label, "normalises channels that no parameter makes")
     labels: Labels = (*merged.values(), *mixed)
+    if not labels:
+        walk.opens = True
+        labels = _of_the_scale(walk, _parameters(call), rank, 1)
     facts = _constants(walk, call) if walk.with_facts else None
     walk.give(out, labels, None if facts is None else facts.spread(rank, 1))
 
@@ -192,7 +195,21 @@ def _over_channels(
         if own and own[0].numel() == atoms.numel():
             named = own[0].reshape(mixed[0].shape)
             labels = [named if x is mixed[0] else x for x in labels]
+    if not mixed:
+        labels += _of_the_scale(walk, parameters, x.dim(), dims[0])
     walk.give(out, tuple(labels))
+
+
+def _of_the_scale(
+    walk: Stream, parameters: Sequence[Tensor | None], rank: int, first: int
+) -> Labels:
+    """The labels of scale and shift, from the `first` of their dims on: channels that no parameter
+    makes have their names. They stay, but whoever reads them may do without some."""
+    found = (walk.value(t).labels for t in parameters if t is not None)
+    return tuple(
+        label.reshape((1,) * first + label.shape + (1,) * (rank - first - label.dim()))
+        for label in next(filter(None, found), ())
+    )
 
 
 def _follow(
