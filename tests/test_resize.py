@@ -103,6 +103,40 @@ def test_a_batch_within_the_channels_stays_free(images: int) -> None:
         assert torch.allclose(result.module(x), model(x), atol=1e-12)
 
 
+class HeadsInTheBatch(nn.Module):
+    """Attention of four heads by `bmm`: the code computes how many there are in the batch, and
+    leaves the number of tokens to torch. All of the first head is dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(8, 16) for _ in range(3))
+        self.read = nn.Linear(16, 8)
+        with torch.no_grad():
+            for layer in (self.query, self.key, self.value):
+                layer.weight[:4] = 0
+                layer.bias[:4] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            layer(x).view(batch, tokens, 4, 4).transpose(1, 2).reshape(batch * 4, -1, 4)
+            for layer in (self.query, self.key, self.value)
+        )
+        heads = torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)
+        return self.read(heads.view(batch, 4, tokens, 4).transpose(1, 2).reshape(batch, tokens, 16))
+
+
+def test_heads_within_the_batch_leave_it_free() -> None:
+    model = HeadsInTheBatch()
+    result = demp_fx.compile(model, torch.randn(2, 5, 8).double())
+    assert result.module.get_parameter("value.weight").shape[0] == 12
+    for batch, tokens in ((1, 5), (3, 7)):
+        x = torch.randn(batch, tokens, 8).double()
+        assert torch.allclose(result.module(x), model(x), atol=1e-12)
+
+
 COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda x, f: x / (f.shape[1] * f.shape[2] * f.shape[3]),
     "product_with_the_batch": lambda x, f: x / (f.size(0) * f.size(1) * f.size(2)),

@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -588,6 +589,16 @@ def test_limits_of_a_dtype_follow_the_dtype() -> None:
     assert not graph.meta["demp_fx"].exported
     for inputs in ((X, X.long()), (X.float(), X.int())):
         torch.testing.assert_close(graph(*inputs), Masks()(*inputs), rtol=0, atol=0)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(x * np.log(2), max=np.float32(0.5)).flatten(np.int64(1))
+
+    graph = demp_fx.trace(Scaled(), X)
+    torch.testing.assert_close(graph(X), Scaled()(X), rtol=0, atol=0)
+    assert "np" not in graph.code
 
 
 SIZES: dict[str, Any] = {

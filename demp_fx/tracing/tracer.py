@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
@@ -271,6 +272,8 @@ class Tracer(fx.Tracer):
         kind = type(a)
         if kind in _LITERALS:
             return a
+        if isinstance(a, np.generic):  # numpy's numbers are written in a way that needs its name
+            return a.item()
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:
