@@ -726,6 +726,39 @@ def test_an_untraceable_submodule_stays_whole() -> None:
     assert graph.train().get_submodule("inner").training
 
 
+class Reads(nn.Module):
+    """Takes numbers out of a tensor: to multiply all with one, or to choose some rows."""
+
+    def __init__(self, some: bool) -> None:
+        super().__init__()
+        self.some = some
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: int((x > 0).sum().item()) // 4 + 1] if self.some else x * x.max().item()
+
+
+class Reshapes(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.inner = nn.Linear(4, 4).double(), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.layer(x))
+        return x.view(*x.shape[:-1], 2, 2) + x.dim()
+
+
+def test_sizes_are_known_behind_a_submodule_that_stays_whole() -> None:
+    model = Reshapes(Reads(some=False))
+    graph = demp_fx.trace(model, X)
+    assert list(graph.meta["demp_fx"].opaque) == ["inner"]
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
+def test_sizes_that_depend_on_numbers_are_not_known() -> None:
+    with pytest.raises(TraceError, match="depends on the values in a tensor"):
+        demp_fx.trace(Reshapes(Reads(some=True)), X)
+
+
 READS: dict[str, Any] = {
     "item": lambda x: x * x.abs().max().item(),
     "tolist": lambda x: x + x.mean().tolist(),
