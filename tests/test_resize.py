@@ -33,6 +33,8 @@ class Sized(nn.Module):
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "view_literal": lambda x: x.view(-1, 4, 8),
     "view_of_a_shape": lambda x: x.view(x.shape[0] // 2, 2, x.shape[1], x.shape[2]),
+    "view_of_a_computed_shape": lambda x: x.view(x.size()[:-1] + (8,)),  # noqa: RUF005
+    "reshape_to_a_computed_shape": lambda x: torch.reshape(x, (*x.shape[:1], -1) + x.shape[2:]),  # noqa: RUF005
     "reshape_tuple": lambda x: torch.reshape(x, (-1, 8)),
     "expand": lambda x: x.unsqueeze(0).expand(2, -1, -1, 8),
     "chunk": lambda x: torch.cat(x.chunk(2, -1), -1),
@@ -134,6 +136,40 @@ def test_heads_within_the_batch_leave_it_free() -> None:
     assert result.module.get_parameter("make.weight").shape[0] == 3 * 3 * 3
     for images, tokens in ((1, 6), (3, 7)):
         x = torch.randn(images, tokens, 5).double()
+        assert torch.allclose(result.module(x), model(x), atol=1e-12)
+
+
+class HeadsInTheBatch(nn.Module):
+    """Attention of four heads by `bmm`: the code computes how many there are in the batch, and
+    leaves the number of tokens to torch. All of the first head is dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (nn.Linear(8, 16) for _ in range(3))
+        self.read = nn.Linear(16, 8)
+        with torch.no_grad():
+            for layer in (self.query, self.key, self.value):
+                layer.weight[:4] = 0
+                layer.bias[:4] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            layer(x).view(batch, tokens, 4, 4).transpose(1, 2).reshape(batch * 4, -1, 4)
+            for layer in (self.query, self.key, self.value)
+        )
+        heads = torch.bmm(torch.bmm(query, key.mT).softmax(-1), value)
+        return self.read(heads.view(batch, 4, tokens, 4).transpose(1, 2).reshape(batch, tokens, 16))
+
+
+def test_tokens_are_left_to_torch_beside_heads_within_the_batch() -> None:
+    model = HeadsInTheBatch()
+    result = demp_fx.compile(model, torch.randn(2, 5, 8).double())
+    assert result.module.get_parameter("value.weight").shape[0] == 12
+    for batch, tokens in ((1, 5), (3, 7)):
+        x = torch.randn(batch, tokens, 8).double()
         assert torch.allclose(result.module(x), model(x), atol=1e-12)
 
 

@@ -591,6 +591,16 @@ def test_limits_of_a_dtype_follow_the_dtype() -> None:
         torch.testing.assert_close(graph(*inputs), Masks()(*inputs), rtol=0, atol=0)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(x * np.log(2), max=np.float32(0.5)).flatten(np.int64(1))
+
+    graph = demp_fx.trace(Scaled(), X)
+    torch.testing.assert_close(graph(X), Scaled()(X), rtol=0, atol=0)
+    assert "np" not in graph.code
+
+
 SIZES: dict[str, Any] = {
     "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
     "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),
@@ -734,6 +744,39 @@ def test_an_untraceable_submodule_stays_whole() -> None:
     for x in (X, -X):
         torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
     assert graph.train().get_submodule("inner").training
+
+
+class Reads(nn.Module):
+    """Takes numbers out of a tensor: to multiply all with one, or to choose some rows."""
+
+    def __init__(self, some: bool) -> None:
+        super().__init__()
+        self.some = some
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: int((x > 0).sum().item()) // 4 + 1] if self.some else x * x.max().item()
+
+
+class Reshapes(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.inner = nn.Linear(4, 4).double(), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.layer(x))
+        return x.view(*x.shape[:-1], 2, 2) + x.dim()
+
+
+def test_sizes_are_known_behind_a_submodule_that_stays_whole() -> None:
+    model = Reshapes(Reads(some=False))
+    graph = demp_fx.trace(model, X)
+    assert list(graph.meta["demp_fx"].opaque) == ["inner"]
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
+def test_sizes_that_depend_on_numbers_are_not_known() -> None:
+    with pytest.raises(TraceError, match="depends on the values in a tensor"):
+        demp_fx.trace(Reshapes(Reads(some=True)), X)
 
 
 READS: dict[str, Any] = {

@@ -133,11 +133,16 @@ def _shape(node: fx.Node, sizes: Sizes, first: int = 1) -> Iterator[Literal]:
         and sizes.follows(size) not in (-1, new.get(d, shape[d]))
     }
     # where the batch, or another size of the input, is in it, torch works it out
-    free = sizes.merged(node) | (asked & changes.keys() - new.keys()) if changes else set()
+    merged = sizes.merged(node) if changes else set()
+    free = merged | (asked & changes.keys() - new.keys())
     if len(free) == 1 and -1 not in given:
         changes |= dict.fromkeys(free & changes.keys(), -1)
     for d, n in changes.items():
-        yield Literal(node=node.name, path=[*path(d)], value=n)
+        computed = d in merged & asked and n != -1
+        before = sizes.follows(given[d]) if computed else None
+        if computed and before is None:
+            raise MisfitError(node)  # nobody can tell how the batch is in it
+        yield Literal(node=node.name, path=[*path(d)], value=n, of=before)
 
 
 def _made(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Grap
     shared: dict[tuple[str, int, tuple[int, ...]], fx.Node] = {}
     given: dict[tuple[str, str], fx.Node] = {}  # what gathers have left, by producer and consumer
     for literal in plan.literals:
-        _set(named[literal.node], literal)
+        _set(new, named[literal.node], literal)
     for frozen in plan.frozen:
         _freeze(new, frozen, named)
     for selection in plan.selections:
@@ -88,8 +89,7 @@ class Constants:
 def _freeze(graph: fx.Graph, frozen: Frozen, named: dict[str, fx.Node]) -> None:
     """Compute a number of the sizes that its tensors had."""
     node = named[frozen.node]
-    where, key = frozen.path
-    argument: Any = (node.args if where == "args" else node.kwargs)[key]  # type: ignore[index]
+    argument = _at(node, frozen.path)
     sizes = {named[name].name: changes for name, changes in frozen.sizes.items()}
     made: list[fx.Node] = []
 
@@ -113,13 +113,26 @@ def _erase(graph: fx.Graph, number: fx.Node) -> None:
         _erase(graph, n)
 
 
-def _set(node: fx.Node, literal: Literal) -> None:
+def _set(graph: fx.Graph, node: fx.Node, literal: Literal) -> None:
     value: Any = literal.value
     if literal.slice:
         value = slice(*literal.value)  # type: ignore[misc]
+    if literal.of is not None:
+        with graph.inserting_before(node):
+            times = graph.call_function(operator.mul, (_at(node, literal.path), value))
+            value = graph.call_function(operator.floordiv, (times, literal.of))
     if literal.target is not None:
         node.target = literal.target if node.op == "call_method" else getattr(torch, literal.target)
     _put(node, literal.path, value)
+
+
+def _at(node: fx.Node, place: list[int | str]) -> Any:
+    """The argument that stands at a place."""
+    where, *path = place
+    found: Any = node.args if where == "args" else node.kwargs
+    for key in path:
+        found = found[key]
+    return found
 
 
 def _put(node: fx.Node, place: list[int | str], value: Any) -> None:

@@ -52,6 +52,9 @@ from demp_fx.tracing.values import (
 
 # Methods that take another tensor's sizes, and the same with the sizes spelled out.
 LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+# Methods and functions whose last argument may be all sizes of the result.
+_SHAPED: set[Any] = {"view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"}
+_SHAPED |= {torch.reshape, torch.zeros, torch.ones, torch.empty}
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
@@ -231,6 +234,11 @@ class Tracer(fx.Tracer):
             if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
                 sizes = tuple(args[1].shape[d] for d in range(model.dim()))
                 return getattr(args[0], LIKE[target])(sizes)
+        if target in _SHAPED and args and isinstance(args[-1], fx.Proxy):
+            shape: Any = args[-1]
+            known = self.values.of(shape)
+            if isinstance(known, tuple):  # computed as a whole: each size is one of its own
+                args = (*args[:-1], tuple(shape[d] for d in range(len(known))))
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
             raise TypeError(f"{name} needs the numbers in a tensor")
@@ -284,6 +292,8 @@ class Tracer(fx.Tracer):
         kind = type(a)
         if kind in _LITERALS:
             return a
+        if isinstance(a, np.generic):  # numpy's numbers are written in a way that needs its name
+            return a.item()
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import operator
 import sys
 import warnings
@@ -151,12 +152,31 @@ class Values(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
-        state = on_meta({**dict(module.named_parameters()), **dict(module.named_buffers())})
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         set_modes({m: self.modes[m] for m in module.modules()})
         try:
-            return torch.func.functional_call(module, state, args, kwargs)
+            with contextlib.suppress(Exception):
+                return torch.func.functional_call(module, on_meta(state), args, kwargs)
+            return _filled(module, state, args, kwargs)
         finally:
             set_modes({m: self.flags[m] for m in module.modules()})
+
+
+def _filled(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """What a module gives that asks for numbers, on meta: its sizes, if they are the same whether
+    all that it gets is zero or one. Raises where they differ, or it does not run."""
+    found = []
+    with torch.device("cpu"), torch.random.fork_rng([]):
+        for fill in (torch.zeros_like, torch.ones_like):
+            given = pytree.tree_map_only(
+                Tensor, functools.partial(fill, device="cpu"), (args, kwargs)
+            )
+            own = {name: t.detach().to("cpu", copy=True) for name, t in state.items()}
+            found.append(on_meta(torch.func.functional_call(module, own, *given)))
+    sizes = [[t.shape for t in pytree.tree_leaves(f) if isinstance(t, Tensor)] for f in found]
+    if sizes[0] != sizes[1]:
+        raise TypeError("its sizes depend on numbers")
+    return found[0]
 
 
 class _Known:
