@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: test check lint format demo bench clean
+.PHONY: test check lint format demo bench others clean
 
 test: lint check
 
@@ -41,6 +41,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) --no-deps torch-pruning==1.6.1
 	touch $@
+
+# other people's networks for `python -m benchmarks.zoo --suite pytorchcv` and the like
+others: $(VENV)/.bench
+	$(PIP) --no-deps pytorchcv==0.0.74 segmentation-models-pytorch==0.6.0 \
+	  vit-pytorch==1.26.11 einops==0.8.2
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

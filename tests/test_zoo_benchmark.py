@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo.killing import kill
-from benchmarks.zoo.networks import SUITES
 from benchmarks.zoo.outputs import own_error, relative_error, trains
 from benchmarks.zoo.runner import Task, run
+from benchmarks.zoo.suites import SUITES
 from benchmarks.zoo.table import is_exact, markdown, share, summary
 from tests.zoo import oracle
 

@@ -25,8 +25,9 @@ from torch import nn
 import demp_fx
 from benchmarks.measure import surroundings
 from benchmarks.zoo import ours, peer
-from benchmarks.zoo.networks import SUITES, Network, select
+from benchmarks.zoo.networks import Network
 from benchmarks.zoo.runner import Task, run
+from benchmarks.zoo.suites import SUITES, select
 from benchmarks.zoo.table import Row, markdown, summary
 
 PACKAGES = ("torch", "torchvision", "timm", "torch-pruning")
@@ -112,13 +113,15 @@ class _Results:
         options.out.mkdir(parents=True, exist_ok=True)
         self.json, self.page = options.out / "zoo.json", options.out / "zoo.md"
         self.cuts = options.cuts
-        self.about = surroundings(PACKAGES) | {
-            "command": shlex.join(["python", "-m", "benchmarks.zoo", *sys.argv[1:]])
-        }
+        self.about: dict[str, str] = {}
         self.rows: dict[tuple[str, ...], Row] = {}
         if self.json.exists() and not options.fresh:
-            earlier = json.loads(self.json.read_text())["rows"]
+            self.about = json.loads(self.json.read_text())
+            earlier: Any = self.about.pop("rows")
             self.rows = {(r["suite"], r["network"], r["deaths"]): r for r in earlier}
+        others = [SUITES[suite].package for suite in options.suite]
+        self.about |= surroundings([*PACKAGES, *filter(None, others)])
+        self.about["command"] = shlex.join(["python", "-m", "benchmarks.zoo", *sys.argv[1:]])
 
     def has(self, key: tuple[str, str, str], part: str) -> bool:
         """Whether this was measured before."""

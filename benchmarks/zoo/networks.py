@@ -1,5 +1,5 @@
-"""The networks: all of torchvision's for classification and segmentation, and a member or more of
-each of timm's families. SUITES holds the collections: their names, and how to make one of a name.
+"""The networks that the tests know: all of torchvision's for classification and segmentation, a
+member or more of each of timm's families, and transformers.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ def _options(name: str) -> dict[str, Any]:
     return next((found for pattern, found in _OPTIONS.items() if fnmatch(name, pattern)), {})
 
 
-def _torchvision_names() -> list[str]:
+def torchvision_names() -> list[str]:
     """All 80 for classification and all 6 for segmentation."""
     models = torchvision.models
     return [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
 
 
-def _torchvision_network(name: str) -> Network:
+def torchvision_network(name: str) -> Network:
+    """A network of torchvision, for small images."""
     module, options = torchvision.models, _options(name) | {"weights": None}
     if not hasattr(module, name):
         module, options = module.segmentation, options | {"weights_backbone": None}
@@ -137,7 +138,7 @@ def _timm_build(name: str, side: int | None) -> nn.Module:
     return timm.create_model(name, **({"img_size": side} if side else {}))
 
 
-def _timm_network(name: str) -> Network:
+def timm_network(name: str) -> Network:
     """Those that are built for one size of image are built for the small one."""
     import timm
 
@@ -164,27 +165,18 @@ def _built_for_a_size(entry_point: Callable[..., nn.Module]) -> bool:
     return True
 
 
-# -- all ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Names, and the network of a name; only those that are asked for are looked into."""
-
-    names: Callable[[], list[str]]
-    network: Callable[[str], Network]
-
-
 # -- transformers -------------------------------------------------------------------------------
 
 
-def _transformer_names() -> list[str]:
+def transformer_names() -> list[str]:
+    """Those of `tests/zoo/transformers_networks.py`."""
     from tests.zoo.transformers_networks import TRANSFORMERS
 
     return list(TRANSFORMERS)
 
 
-def _transformer_network(name: str) -> Network:
+def transformer_network(name: str) -> Network:
+    """A network of transformers."""
     from tests.zoo.transformers_networks import TRANSFORMERS
 
     network = TRANSFORMERS[name]
@@ -195,23 +187,6 @@ def _transformer_network(name: str) -> Network:
         return {k: v.float() if v.is_floating_point() else v for k, v in given.items()}
 
     return Network(name, "transformers", network.build, inputs, flexible=False, reduced="tiny")
-
-
-SUITES = {
-    "torchvision": Suite(_torchvision_names, _torchvision_network),
-    "timm": Suite(lambda: TIMM, _timm_network),
-    "transformers": Suite(_transformer_names, _transformer_network),
-}
-
-
-def select(suites: list[str], patterns: list[str]) -> list[Network]:
-    """The networks of these suites (all, if none is named) whose names match any pattern."""
-    return [
-        SUITES[suite].network(name)
-        for suite in suites or SUITES
-        for name in SUITES[suite].names()
-        if not patterns or any(fnmatch(name, pattern) for pattern in patterns)
-    ]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
