@@ -27,6 +27,7 @@ from demp_fx.tracing.functions import (
     aten_as_nodes,
     batch_norms_in_parts,
     distributions_of_proxies,
+    variables_of_proxies,
 )
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
@@ -95,7 +96,8 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
-            distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
+            distributions_of_proxies(), variables_of_proxies(), regions_as_nodes(self),
+            sizes_stay(root),
         ):  # fmt: skip
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)
