@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -204,3 +206,20 @@ def test_weights_that_a_hook_computes_are_compared_too() -> None:
     assert result.report.verification is not None
     assert result.report.verification.eval_error <= 1e-9
     torch.testing.assert_close(result.module(x), net(x))
+
+
+def test_dice_that_are_not_torchs_are_told_from_a_wrong_result() -> None:
+    class Throws(Residual):
+        dice = itertools.count()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner(self.stem(x)).relu()
+            if self.training:
+                hidden = hidden * next(self.dice)
+            result: Tensor = self.head(self.outer(hidden))
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Throws().double()).train(), torch.randn(6, 5).double()
+    with pytest.raises(VerificationError, match="random numbers that are not torch's"):
+        demp_fx.compile(net, (x,))

@@ -227,3 +227,38 @@ def test_a_number_that_is_a_size_of_the_input_is_no_constant(name: str) -> None:
     narrow = demp_fx.compile(model, torch.randn(2, 4, 5).double()).module
     x = torch.randn(2, 7, 5).double()
     assert torch.allclose(narrow(x), model(x), atol=1e-12)
+
+
+class Picking(nn.Module):
+    """Channels 0 and 1 of six are zero, and some of all are picked before the next layers."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pick = pick
+        self.make, self.read, self.give = nn.Conv2d(3, 6, 1), nn.Linear(6, 4), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.make.weight[:2] = 0
+            self.make.bias[:2] = 0
+        self.double()
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        picked = self.pick(self.make(x).relu(), index)
+        result: Tensor = self.give(self.read(picked).relu())
+        return result
+
+
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "which_channels": lambda h, index: h.mean((2, 3)).index_select(1, index),
+    "places_of_an_image": lambda h, _: h.flatten(1)[:, torch.tensor([5, 2, 9, 0, 7, 1])],
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_what_is_picked_is_not_known_before_the_input_is(name: str) -> None:
+    model = Picking(PICKS[name])
+    result = demp_fx.compile(model, (torch.randn(2, 3, 2, 2).double(), torch.arange(6)))
+    for side, index in ((2, torch.arange(6).flip(0)), (4, torch.tensor([3, 3, 0, 1, 1, 4]))):
+        x = torch.randn(2, 3, side, side).double()
+        assert torch.allclose(result.module(x, index), model(x, index), atol=1e-12)
+    assert any("looked up" in pin.reason for pin in result.report.pinned)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import Variable
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import demp_fx
@@ -827,6 +828,27 @@ SAMPLES: dict[str, Any] = {
     "entropy": lambda x: Categorical(logits=x).entropy(),
     "divergence": lambda x: kl_divergence(Normal(x, x.exp()), Normal(x * 0, x * 0 + 1)),
 }
+
+
+def test_a_variable_is_the_tensor_that_it_is_made_of() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("index", torch.tensor([3, 1, 5, 0, 4, 2]))
+            with torch.no_grad():
+                self.make.weight[:2] = 0
+                self.make.bias[:2] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = Variable(self.make(x), requires_grad=True)
+            return self.read(made.index_select(1, Variable(self.index)))
+
+    model = Picks().double()
+    result = demp_fx.compile(model, X)
+    assert result.module.get_parameter("make.weight").shape[0] == 4
+    assert "__new__" not in vars(Variable)
+    torch.testing.assert_close(result.module(X), model(X))
 
 
 @pytest.mark.parametrize("name", SAMPLES)

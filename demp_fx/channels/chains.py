@@ -134,7 +134,11 @@ class Chains:
 
 
 def _feed(known: Mapping[fx.Node, Any], env: Mapping[fx.Node, Any], node: fx.Node) -> Any:
-    return known[node] if node in known else env[node]
+    """What a node on the way gives; of a buffer (an index, say) the numbers in it."""
+    if node in known:
+        return known[node]
+    value = getattr(env[node], "demp", None)
+    return env[node] if value is None or value.data is None else value.data
 
 
 def is_flat(labels: Labels) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 Labels = tuple[Tensor, ...]
@@ -31,6 +32,12 @@ def compress(label: Tensor) -> Tensor:
 def same_label(a: Tensor, b: Tensor) -> bool:
     """Whether two labels are the same."""
     return a is b or (a.shape == b.shape and bool((a == b).all()))
+
+
+def repeats(label: Tensor) -> bool:
+    """Whether channels are merged with another axis: where they are then depends on its size."""
+    atoms = label.reshape(-1).numpy()
+    return not (atoms[1:] > atoms[:-1]).all() and np.unique(atoms).size < atoms.size
 
 
 def along(atoms: Tensor, rank: int, dim: int) -> Tensor:

@@ -23,9 +23,16 @@ def on_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def as_meta(value: Any) -> Any:
-    return pytree.tree_map_only(
-        Tensor, lambda t: t if t.is_meta else torch.empty_like(t, device="meta"), value
-    )
+    """The value with all its tensors on meta; what is known of one goes with it."""
+
+    def twin(t: Tensor) -> Tensor:
+        if t.is_meta:
+            return t
+        blank = torch.empty_like(t, device="meta")
+        blank.__dict__.update(t.__dict__)
+        return blank
+
+    return pytree.tree_map_only(Tensor, twin, value)
 
 
 def placeholder(node: fx.Node, feed: Iterator[Any], kwargs: dict[str, Any]) -> Any:

@@ -10,12 +10,11 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import called
-from demp_fx.channels.labels import Labels, along, varying
+from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
 from demp_fx.channels.value import Value
@@ -101,7 +100,7 @@ class Places(Stream):
             chosen = len(dims) == 1 and (only is None or any(label is one for one in only))
             chosen = chosen and dims[0] not in blocks
             chosen = chosen and bool(label.all())  # else some of it may be as long as the input
-            if chosen and (fixed or not (self.merged and _repeats(label))):
+            if chosen and (fixed or not (self.merged and repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
                 facts = value.facts.along(d, size) if value.facts is not None else None
@@ -160,14 +159,14 @@ class Places(Stream):
             label.data_ptr(): n
             for n, value in before.items()
             for label in value.labels
-            if n.op != "get_attr" and len(varying(label)) == 1 and _repeats(label)
+            if n.op != "get_attr" and len(varying(label)) == 1 and repeats(label)
             if not (reads and self._is_a_parameters(label))
         }
         return [
             repeating[a.data_ptr()]
             for same in sames if repeating
             for a, b in ((same.a, same.b), (same.b, same.a))
-            if a.data_ptr() in repeating and not _repeats(b)
+            if a.data_ptr() in repeating and not repeats(b)
         ]  # fmt: skip
 
     def _is_a_parameters(self, label: Tensor) -> bool:
@@ -257,12 +256,6 @@ class Places(Stream):
         value.rows = value.shares = value.never_positive = None
         if fills or holds:
             value.version = self.version(tensor)
-
-
-def _repeats(label: Tensor) -> bool:
-    """Whether channels are merged with another axis: where they are then depends on its size."""
-    atoms = label.reshape(-1).numpy()
-    return not (atoms[1:] > atoms[:-1]).all() and np.unique(atoms).size < atoms.size
 
 
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:

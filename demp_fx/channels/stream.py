@@ -25,7 +25,8 @@ from demp_fx.errors import DempError
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 
-NEW = "aten::new_"  # how ops are called that take no more of their operand than its dtype
+# How ops are called that take no more of their operand than its dtype, or a number of the code's.
+NEW = ("aten::new_", "aten::lift_fresh")
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
 
@@ -153,7 +154,7 @@ class Stream(TorchDispatchMode):
         """Apply the rule of a call if anything is known of what goes into it, or nothing does."""
         values = [self.value(tensor) for tensor in call.tensors]
         makes = not values or call.op._schema.name.startswith(NEW)
-        if makes or any(value.labels or value.known is not None for value in values):
+        if makes or any(v.labels or v.known is not None or v.vector for v in values):
             self._apply(call, values)
         shares = shares_of(call, values[0], self.masked) if values else None
         if shares is not None:
@@ -219,7 +220,7 @@ class Stream(TorchDispatchMode):
         )
         read = self.with_facts and not real.is_meta and real.layout is torch.strided
         read = read and (real.is_floating_point() or real.is_complex())
-        line = rank == 1 or (rank > 0 and real.numel() == max(real.shape))
+        line = real.numel() == max(real.shape, default=1)
         data, rows = real.detach(), None
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)

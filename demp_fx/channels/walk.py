@@ -26,7 +26,7 @@ from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, in_each_mode
-from demp_fx.channels.labels import Labels, varying
+from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
@@ -44,6 +44,7 @@ from demp_fx.trees import tensors_of
 # What may have as many channels as it meets: its sizes are rewritten (passes/resize.py).
 EXPANDS = {"expand", torch.ops.aten.expand.default, "new_zeros", "new_ones", "new_full",
            torch.zeros, torch.ones, torch.full}  # fmt: skip
+FULL = {"new_full", torch.full}
 
 
 class RefusalError(UsageError):
@@ -153,6 +154,9 @@ class Walk(Places):
     def _shapes(self, node: fx.Node) -> None:
         """What a node does with the shape of its input: goes on with a chain, or makes blocks."""
         inputs = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
+        picked = [n for n in inputs if n in self.given]  # by indices that are known
+        if len(picked) == 1 and not any(map(repeats, self._labels(picked[0]))):
+            inputs = picked
         if self.applied == self.moves and len(inputs) == 1:
             source, unfit = inputs[0], tuple(label for label, _ in self.unfit)
             flat = is_flat(self._labels(source))
@@ -197,7 +201,8 @@ class Walk(Places):
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
         self.sized = any(
-            n in self.given and isinstance(self.env[n], (int, float)) for n in node.all_input_nodes
+            isinstance(n, fx.Node) and n in self.given and isinstance(self.env[n], (int, float))
+            for n in _numbers(node)
         )
         self.counted = takes_average(node, self.layers)
         leaves = pytree.tree_leaves((node.args, node.kwargs))
@@ -321,6 +326,13 @@ class Walk(Places):
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
+
+
+def _numbers(node: fx.Node) -> Any:
+    """Where a node may be given numbers to compute with, and not only sizes."""
+    if called(node) in FULL:
+        return [node.kwargs.get("fill_value", node.args[-1] if node.args else None)]
+    return node.all_input_nodes
 
 
 def _as_tensors(index: Any) -> Any:

@@ -76,6 +76,14 @@ def verify(
                         f"the narrow module does not take inputs of shape {sizes}, which the "
                         f"original takes: {failure}; nothing was handed over"
                     ) from failure
+                again, _ = _error(original, trial, training, precision, expected)
+                if not again <= tolerance:
+                    mode = "train" if training else "eval"
+                    raise VerificationError(
+                        f"the original's own output is another one each time in {mode} mode (by "
+                        f"{again:.1e}): its code takes random numbers that are not torch's, and "
+                        "what they decided was traced; nothing was handed over"
+                    )
             errors[training], ways[training] = error, precision
             batch = max(batch, trial.tensors[0].shape[0] if trial.tensors[0].dim() else 1)
             break

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd import Function
+from torch.autograd import Function, Variable
 from torch.autograd.function import _SingleLevelFunction
 from torch.distributions import Distribution
 from torch.nn import functional as F
@@ -167,6 +167,23 @@ def batch_norms_in_parts() -> Iterator[None]:
         yield
     finally:
         kinds.forward = whole
+
+
+@contextmanager
+def variables_of_proxies() -> Iterator[None]:
+    """Meanwhile `torch.autograd.Variable` of a proxy is that: of a tensor it is the tensor, too."""
+    kind: Any = Variable
+
+    def new(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data, fx.Proxy):
+            return data
+        return super(kind, cls).__new__(cls, data, *args, **kwargs)
+
+    kind.__new__ = new
+    try:
+        yield
+    finally:
+        del kind.__new__
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from demp_fx.tracing.functions import (
     batch_norms_in_parts,
     distributions_of_proxies,
     scripts_as_python,
+    variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.preserve import preserved
@@ -107,8 +108,8 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
-            distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
-            scripts_as_python(), proxies_are_tensors(),
+            distributions_of_proxies(), variables_of_proxies(), regions_as_nodes(self),
+            sizes_stay(root), scripts_as_python(), proxies_are_tensors(),
         ):  # fmt: skip
             set_modes(self.flags)
             try:

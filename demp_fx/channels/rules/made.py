@@ -42,6 +42,16 @@ def scalar(walk: Stream, call: Call) -> None:
     walk.give(out, (), _one_number(walk, call, out))
 
 
+def literal(walk: Stream, call: Call) -> None:
+    """`torch.tensor(...)`: the numbers stand in the code, unless they are sizes of the example."""
+    x, out = call.tensors[0], call.outputs[0]
+    value = walk.value(x)
+    exact = walk.with_facts and not (x.is_meta or walk.sized) and x.is_floating_point()
+    facts = Facts.exactly(x) if exact and value.data is None else value.facts
+    walk.moves += 1
+    walk.give(out, value.labels, facts, value.data)
+
+
 def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """What is known of a constant. (What depends on a size of the example is none.)"""
     name = call.op._schema.name.removeprefix("aten::").removeprefix("new_").removesuffix("_like")
@@ -54,4 +64,4 @@ def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
 
 
 RULES: dict[str, Rule] = {**dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill),
-                          "aten::scalar_tensor": scalar}  # fmt: skip
+                          "aten::scalar_tensor": scalar, "aten::lift_fresh": literal}  # fmt: skip

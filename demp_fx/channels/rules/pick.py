@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.labels import varying
+from demp_fx.channels.labels import repeats, varying
 from demp_fx.channels.rules.move import move
 from demp_fx.channels.rules.pointwise import aligned
 from demp_fx.channels.stream import STRUCTURE, Rule, Stream
-from demp_fx.channels.value import Call
+from demp_fx.channels.value import Call, Value
 
 
 def index(walk: Stream, call: Call) -> None:
-    """`x[..., numbers]`: known numbers pick channels as they pick anything; others keep them."""
+    """`x[..., numbers]`: known numbers pick channels as they pick anything; others keep them, and
+    so do channels with which another axis is merged: what is where depends on how long that is."""
     x = call.args[0]
     given = call.args[1] if isinstance(call.args[1], (list, tuple)) else None
     picks = [call.args[2]] if given is None else [i for i in given if i is not None]
@@ -25,9 +26,11 @@ def index(walk: Stream, call: Call) -> None:
     for i in picks:
         for label in walk.value(i).labels:
             walk.pin(call, label, STRUCTURE)
-    labels = walk.value(x).labels
+    before = walk.value(x)
+    labels, facts = before.labels, before.facts if walk.with_facts else None
     unknown = any(n is None for n in numbers)
-    if unknown or walk.value(x).data is not None:  # what is looked up in a table is no channel
+    merged = any(set(varying(label)) & set(dims) and repeats(label) for label in labels)
+    if unknown or merged or before.data is not None:  # what is in a table is no channel
         for label in labels:
             if set(varying(label)) & set(dims):
                 walk.pin(call, label, "its rows are looked up")
@@ -40,8 +43,9 @@ def index(walk: Stream, call: Call) -> None:
         args = (x, dims[0], numbers[0])
     elif given is not None:
         args = (x, [None if i is None else next(feed) for i in given])
-    before = walk.value(x)
-    walk.relabel(x, labels)
+    if (unknown or merged) and facts is not None:
+        facts = facts if all(facts.known.size(d) == 1 for d in dims) else None
+    x.__dict__["demp"] = Value(labels, facts, version=before.version)
     move(walk, Call(call.op, args, {}, call.out, call.site))
     x.__dict__["demp"] = before
 

@@ -18,12 +18,11 @@ from demp_fx.channels.value import Call
 aten = torch.ops.aten
 
 # Ops that return their input as it is, in another dtype, memory or wrapper.
-COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten::lift_fresh",
-          "aten::detach_"}  # fmt: skip
+COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten::detach_"}
 # Elementwise, though the dispatcher does not say so.
 UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
             "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::complex",
-            "aten::polar"}  # fmt: skip
+            "aten::polar", "aten::masked_fill"}  # fmt: skip
 # Autograd functions of other packages that are elementwise, by class.
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
