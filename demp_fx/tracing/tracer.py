@@ -21,6 +21,7 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
+from demp_fx.tracing.arguments import in_place
 from demp_fx.tracing.assigned import keep_assigned
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.functions import (
@@ -226,6 +227,10 @@ class Tracer(fx.Tracer):
             if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
                 sizes = tuple(args[1].shape[d] for d in range(model.dim()))
                 return getattr(args[0], LIKE[target])(sizes)
+        if kind == "call_function":
+            args, kwargs = in_place(target, args, kwargs)
+        elif kind == "call_module":
+            args, kwargs = in_place(type(self.root.get_submodule(target)).forward, args, kwargs)
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
             raise TypeError(f"{name} needs the numbers in a tensor")
