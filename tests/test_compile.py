@@ -559,6 +559,57 @@ def test_its_graph_prints_as_a_table(capsys: pytest.CaptureFixture[str]) -> None
     ]  # fmt: skip
 
 
+class Vocoder(nn.Module):
+    """The inverse transform looks at the numbers of its window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 10)
+        self.register_buffer("window", torch.hann_window(8))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        spectrum = self.out(self.hidden(x).relu()).unflatten(-1, (5, 2)).transpose(1, 2)
+        spectrum = torch.view_as_complex(spectrum.contiguous())
+        return torch.istft(spectrum, n_fft=8, hop_length=2, window=self.window)
+
+
+class Packs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(
+            self.rnn(packed)[0], batch_first=True, total_length=x.shape[1]
+        )[0]
+
+
+class Recogniser(nn.Module):
+    """No length of a sequence may be zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.packs = nn.Linear(4, 6), Packs()
+        self.hidden, self.out = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.out(self.hidden(self.packs(self.embed(x), lengths)).relu())
+
+
+@pytest.mark.parametrize("kind", [Vocoder, Recogniser])
+def test_what_cannot_be_run_on_shapes_alone_stays_as_it_is(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = kind().double()
+    hidden: Any = net.get_submodule("hidden")
+    with torch.no_grad():
+        hidden.weight[:3] = hidden.bias[:3] = 0
+    inputs = torch.randn(2, 9, 4, dtype=torch.float64), torch.tensor([9, 7])
+    result = demp_fx.compile(net, inputs)
+    assert result.module.get_submodule("hidden").out_features == 3
+    torch.testing.assert_close(result.module(*inputs), net(*inputs), rtol=1e-12, atol=1e-12)
+
+
 def test_a_scalar_that_scales_is_no_channel() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

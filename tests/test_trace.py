@@ -644,6 +644,38 @@ def test_numpy_gets_sizes_and_gives_numbers(name: str) -> None:
     torch.testing.assert_close(graph(X), Counts()(X))
 
 
+NAMED: dict[str, Any] = {
+    "linear": lambda net, x: F.linear(input=x, weight=net.layer.weight, bias=net.layer.bias),
+    "layer": lambda net, x: net.layer(input=x),
+    "norm": lambda net, x: F.layer_norm(input=net.layer(x), normalized_shape=(4,)),
+    "attention": lambda net, x: F.scaled_dot_product_attention(
+        value=x[None], query=net.layer(x)[None], key=x[None], is_causal=True
+    ),
+    "where": lambda net, x: torch.where(input=x, condition=x > 0, other=net.layer(x)),
+    "cat": lambda net, x: torch.cat(dim=1, tensors=(net.layer(x), x)),
+    "overloads": lambda net, x: x[torch.arange(start=1, end=x.shape[0])],
+    "only some": lambda net, x: torch.softmax(net.layer(x), dim=1),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_arguments_given_by_name_are_in_their_places(name: str) -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return NAMED[name](self, x)
+
+    model = Names().double()
+    graph = demp_fx.trace(model, X)
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+    calls = [n for n in graph.graph.nodes if n.op in ("call_function", "call_module")]
+    assert all(n.args for n in calls)
+    assert not any(isinstance(v, fx.Node) for n in calls for v in n.kwargs.values())
+
+
 def test_wrapped_functions_are_looked_through_where_possible() -> None:
     class Wrapped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

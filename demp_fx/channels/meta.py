@@ -15,11 +15,19 @@ from demp_fx.errors import UsageError
 
 
 def on_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The shapes of a result that has no meta kernel: run for real, on zeros."""
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t, (args, kwargs)
-    )
-    return as_meta(function(*args, **kwargs))
+    """The shapes of a result that has no meta kernel: run for real, on zeros; on ones, where those
+    are refused, as lengths and windows are."""
+
+    def run(fill: Callable[..., Tensor]) -> Any:
+        real = pytree.tree_map_only(
+            Tensor, lambda t: fill(t, device="cpu") if t.is_meta else t, (args, kwargs)
+        )
+        return as_meta(function(*real[0], **real[1]))
+
+    try:
+        return run(torch.zeros_like)
+    except Exception:
+        return run(torch.ones_like)
 
 
 def as_meta(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -215,21 +215,22 @@ class Walk(Places):
         layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.RNNBase):
             return self._recurrent(layer, args, kwargs)
-        start = self.system.mark()
+        start, run = self.system.mark(), self._target(node)
         try:
             with self:
                 if layer is not None:
                     return self._module(layer, args, kwargs)
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                return run(*args, **kwargs)
         except DempError:
             raise
         except Exception as error:
             given = pytree.tree_leaves(list(entered.values()))
+            self.system.forget(start)
             if any(isinstance(t, Tensor) and not t.is_meta for t in given):
-                self.system.forget(start)  # the code made a tensor of its own: on meta, too
+                # the code made a tensor of its own: on meta, too
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
+            with suppress(Exception):
+                return self._leaf(run, args, kwargs, "it cannot be run on shapes alone")
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in tensors_of(args)]
             raise RefusalError(
@@ -237,6 +238,13 @@ class Walk(Places):
                 f"the example inputs do not run through the model: node {node.name!r} "
                 f"({node.target}){where} refuses inputs of shape {shapes}: {error}",
             ) from error
+
+    def _target(self, node: fx.Node) -> Callable[..., Any]:
+        """What a node calls."""
+        if node.op == "call_method":
+            return lambda x, *args, **kwargs: getattr(x, str(node.target))(*args, **kwargs)
+        run: Callable[..., Any] = node.target  # type: ignore[assignment]
+        return self.layers[str(node.target)] if node.op == "call_module" else run
 
     def _module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run a module; one of the user's own, whose code may ask for the mode, in both: what
@@ -275,10 +283,10 @@ class Walk(Places):
         """Why a submodule is not looked into, if it is not."""
         return "it goes into a module that could not be traced" if name in self.opaque else ""
 
-    def _leaf(self, module: nn.Module, args: Any, kwargs: Any, reason: str) -> Any:
-        """A submodule that is not looked into: whatever goes into it stays as it is."""
+    def _leaf(self, run: Callable[..., Any], args: Any, kwargs: Any, reason: str) -> Any:
+        """A submodule or function that is not looked into: what goes into it stays as it is."""
         self._pin((args, kwargs), reason)
-        return self._ran(module, args, kwargs)
+        return self._ran(run, args, kwargs)
 
     def _recurrent(self, layer: nn.RNNBase, args: Any, kwargs: Any) -> Any:
         """A recurrent layer, met as a whole: its kernels are many small ones for each step, of
@@ -299,13 +307,13 @@ class Walk(Places):
             self.system.macs += op.macs(args[0])
         return out
 
-    def _ran(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _ran(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a module gives, outside of the mode."""
         try:
-            return module(*args, **kwargs)
+            return run(*args, **kwargs)
         except Exception:
             with self.real():
-                return on_zeros(module, args, kwargs)
+                return on_zeros(run, args, kwargs)
 
     def _output(self, node: fx.Node) -> None:
         for n in node.all_input_nodes:

@@ -22,6 +22,7 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
+from demp_fx.tracing.arguments import in_place
 from demp_fx.tracing.assigned import keep_assigned
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.functions import (
@@ -240,6 +241,10 @@ class Tracer(fx.Tracer):
             known = self.values.of(shape)
             if isinstance(known, tuple):  # computed as a whole: each size is one of its own
                 args = (*args[:-1], tuple(shape[d] for d in range(len(known))))
+        if kind == "call_function":
+            args, kwargs = in_place(target, args, kwargs)
+        elif kind == "call_module":
+            args, kwargs = in_place(type(self.root.get_submodule(target)).forward, args, kwargs)
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
             raise TypeError(f"{name} needs the numbers in a tensor")
