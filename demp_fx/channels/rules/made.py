@@ -35,13 +35,21 @@ def fill(walk: Stream, call: Call) -> None:
         walk.value(out).blank = frozenset(range(out.dim()))
 
 
+def scalar(walk: Stream, call: Call) -> None:
+    """A number as a tensor without dims: `torch.where(mask, x, 0.0)` makes one."""
+    out = call.outputs[0]
+    walk.give(out, (), None if walk.sized else _one_number(walk, call, out))
+
+
 def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """What is known of a constant."""
     name = call.op._schema.name.removeprefix("aten::").removeprefix("new_").removesuffix("_like")
-    number = NUMBERS.get(name, call.arg("fill_value"))
+    number = NUMBERS.get(name, call.arg("s" if name == "scalar_tensor" else "fill_value"))
     if not isinstance(number, (int, float)) or not walk.with_facts or not out.is_floating_point():
         return None
     return Facts.exactly(torch.tensor(number, dtype=out.dtype)).aligned(out.dim())
 
 
-RULES: dict[str, Rule] = {**dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill)}
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill), "aten::scalar_tensor": scalar,
+}  # fmt: skip

@@ -28,6 +28,7 @@ UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten:
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 PRODUCTS = {"aten::mul", "aten::mul_"}
+FILLS = {"aten::masked_fill", "aten::masked_fill_"}
 
 
 def pointwise(walk: Stream, call: Call) -> None:
@@ -134,6 +135,8 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     found = [walk.value(t).facts for t in call.tensors]
     if call.op._schema.name == "aten::where" and found[0] is None and len(found) == 3:
         return either(found[1], found[2], out)
+    if call.op._schema.name in FILLS and len(found) == 2 and found[1] is None and not walk.sized:
+        return either(found[0], Facts.exactly(torch.tensor(call.args[2])), out)
     facts = [f for f in found if f is not None]
     if not facts:
         return None
