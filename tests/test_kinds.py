@@ -114,6 +114,24 @@ def test_parameters_are_parameters_in_the_models_code() -> None:
     assert demp_fx.trace(Scale(), X).meta["demp_fx"].exported == ""
 
 
+def test_tensors_made_on_the_device_of_the_parameters_are_known() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(1, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[0], device=next(self.parameters()).device).double()
+            embedded = self.embed(places[:, None])
+            insists(embedded)
+            return x + embedded
+
+    model = Positions()
+    graph = demp_fx.trace(model, X)
+    assert (graph.meta["demp_fx"].exported, graph.meta["demp_fx"].opaque) == ("", {})
+    torch.testing.assert_close(graph(X[:3]), model(X[:3]), rtol=0, atol=0)
+
+
 def summed(x: Tensor, y: Tensor) -> Tensor:
     """What works out its result from sizes that are plain numbers."""
     batch, tokens, width = tuple(int(size) for size in x.shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -137,6 +139,27 @@ def test_noise_drawn_at_the_width_of_a_layer_does_not_hinder_the_comparison() ->
     torch.manual_seed(0)
     net, x = _half_dead(Noisy()), torch.randn(6, 5)
     result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gumbel_softmax": lambda x: F.gumbel_softmax(x @ x.mT, dim=-1, hard=True) @ x,
+    "randperm": lambda x: x[:, torch.randperm(x.shape[1])] + x,
+    "randint": lambda x: x * torch.randint(1, 9, (x.shape[1], 1)),
+    "multinomial": lambda x: x[:, torch.ones(x.shape[1]).multinomial(2)],
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_that_decide_do_not_hinder_the_comparison(name: str) -> None:
+    class Draws(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.outer(DRAWS[name](self.inner(self.stem(x)).relu())))
+            return result
+
+    torch.manual_seed(0)
+    net = _half_dead(Draws())
+    result = demp_fx.compile(net, torch.randn(2, 6, 5))
     assert result.module.get_submodule("inner").weight.shape[0] == 6
 
 

@@ -117,6 +117,32 @@ def test_of_inputs_that_a_norm_scales_to_zero_nobody_reads_the_rest(norm: str) -
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+def test_tokens_of_which_there_may_be_none_have_the_channels_of_the_others(registers: int) -> None:
+    class Registers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.tokens = nn.Parameter(torch.randn(registers, 8))
+            with torch.no_grad():
+                self.head.weight[:, ::2] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            tokens = self.tokens.reshape(registers, 8).expand(x.shape[0], -1, -1)
+            x = torch.cat((tokens, x), 1)
+            tokens, x = x[:, :registers], x[:, registers:]
+            result: Tensor = self.head(torch.cat((x, tokens.relu()), 1))
+            return result
+
+    torch.manual_seed(0)
+    net = Registers().double()
+    narrow = demp_fx.compile(net, torch.randn(2, 6, 5).double()).module
+    assert narrow.get_parameter("tokens").shape == (registers, 4)
+    x = torch.randn(3, 7, 5).double()
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 STATES: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": lambda x: torch.zeros(x.size(0), 8, dtype=x.dtype),
     "new_zeros": lambda x: x.new_zeros(x.size(0), 8),

@@ -51,8 +51,9 @@ def reshaped(label: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """A label of a tensor of shape `old`, when that is reshaped to `new`.
 
     Both shapes are taken apart into runs of dims of equal extent; only those on which the label
-    varies are written out.
+    varies are written out. Where there are no numbers, there are labels as for one.
     """
+    old, new = ([max(n, 1) for n in sizes] for sizes in (old, new))
     full, shape, i, j = list(label.shape), [], 0, 0
     while i < len(old) or j < len(new):
         start, begin, left, right = i, j, 1, 1

@@ -17,7 +17,8 @@ aten = torch.ops.aten
 
 
 class Still(TorchDispatchMode):
-    """Every draw gives its mean, whatever its shape: a Bernoulli draw divided by it is one."""
+    """Every draw gives its mean, whatever its shape: a Bernoulli draw divided by it is one. A draw
+    of indices gives the first, and moves nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,4 +59,8 @@ _MEANS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     aten.uniform_: _middle,
     **dict.fromkeys((aten.normal, aten.poisson), lambda args, _: torch.as_tensor(args[0])),
     aten.normal_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "mean", 0.0)),
+    aten.exponential_: lambda args, kwargs: torch.tensor(1 / _second(args, kwargs, "lambd", 1.0)),
+    aten.randint: lambda args, _: torch.tensor(args[0] if isinstance(args[1], int) else 0),
+    aten.multinomial: lambda *_: torch.tensor(0),
+    aten.randperm: lambda args, _: torch.arange(args[0]),
 }

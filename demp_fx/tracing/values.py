@@ -127,7 +127,19 @@ class Values(fx.Interpreter):
             for node in nodes:
                 if node not in self.env:
                     with contextlib.suppress(Exception):
-                        self.env[node] = self.run_node(node)
+                        self.env[node] = self._given(node)
+
+    def _given(self, node: fx.Node) -> Any:
+        """What a node gives; code may have made its arguments on a device that it has named."""
+        try:
+            return self.run_node(node)
+        except Exception:
+            before = {n: self.env[n] for n in node.all_input_nodes}
+            try:
+                self.env.update(on_meta(before))
+                return self.run_node(node)
+            finally:
+                self.env.update(before)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

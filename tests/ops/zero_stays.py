@@ -16,6 +16,11 @@ def _grid(like: Tensor) -> Tensor:
     return like.new_tensor([[-0.5, 0.2], [1.1, -0.1]]).expand(like.shape[0], 3, 2, 2)
 
 
+def _places(like: Tensor) -> Tensor:
+    """A number for each place of an image."""
+    return torch.arange(36, device=like.device).view(6, 6).sin()
+
+
 def _written(y: Tensor, write: Callable[[Tensor], object]) -> Tensor:
     """A copy that something was written into."""
     y = y.clone()
@@ -80,6 +85,8 @@ ZERO_STAYS: dict[str, Op] = {
     "plus_a_zero_tensor": lambda x: torch.tensor([0.0]).to(x) + x,
     "picked": lambda x: x.index_select(1, torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])),
     "picked_by_indexing": lambda x: x[:, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])],
+    "where_number": lambda x: torch.where(x[:, :1].abs() > 0.5, x, 0.0),
+    "masked_fill_zero": lambda x: x.masked_fill(_places(x) > 0.5, 0.0),
     "max_pool": lambda x: F.max_pool2d(x, 2),
     "max_pool_padded": lambda x: F.max_pool2d(x, 3, 1, 1),
     "avg_pool": lambda x: F.avg_pool2d(x, 2),

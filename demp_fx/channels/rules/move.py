@@ -27,8 +27,8 @@ REPEATS = {*RESHAPES, "aten::repeat"}
 PICKS = {"aten::index_select", "aten::index"}
 PERMUTES = {"aten::t", "aten::transpose", "aten::permute", "aten::unsqueeze", "aten::alias",
             "aten::detach", "aten::numpy_T"}  # fmt: skip
-SLICES = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::select", "aten::narrow",
-          "aten::unbind", "aten::chunk"}  # fmt: skip
+PARTS = {"aten::slice", "aten::split", "aten::split_with_sizes", "aten::narrow", "aten::chunk"}
+SLICES = {*PARTS, "aten::select", "aten::unbind"}
 
 
 def move(walk: Stream, call: Call) -> None:
@@ -46,6 +46,10 @@ def move(walk: Stream, call: Call) -> None:
         if name in PICKS and isinstance(call.args[1], int):
             dim, index = call.args[1:3]
             return [t if t.size(dim) == 1 else t.index_select(dim, index)]
+        if name in PARTS and t.size(call.arg("dim") or 0) == 1:  # it may be a part without numbers
+            return [t] * len(call.outputs)
+        if name == "aten::expand":  # likewise
+            return [t.reshape((1,) * (call.outputs[0].dim() - t.dim()) + t.shape)]
         whole = t if name in PERMUTES else t.expand(tensor.shape)
         result = call.op(whole, *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
