@@ -41,7 +41,11 @@ def index(walk: Stream, call: Call) -> None:
     elif given is not None:
         args = (x, [None if i is None else next(feed) for i in given])
     before = walk.value(x)
+    facts = before.facts if unknown and walk.with_facts else None
     walk.relabel(x, labels)
+    if facts is not None and any(facts.known.size(d) > 1 for d in dims):
+        now = walk.value(x)  # nothing is known of a row that nobody can tell
+        now.known, now.rows, now.vector = None, None, False
     move(walk, Call(call.op, args, {}, call.out, call.site))
     x.__dict__["demp"] = before
 
