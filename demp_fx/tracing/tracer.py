@@ -27,6 +27,7 @@ from demp_fx.tracing.functions import (
     as_nodes,
     aten_as_nodes,
     batch_norms_in_parts,
+    checks_of_proxies,
     distributions_of_proxies,
 )
 from demp_fx.tracing.preserve import preserved
@@ -99,7 +100,8 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
-            distributions_of_proxies(), regions_as_nodes(self), sizes_stay(root),
+            checks_of_proxies(), distributions_of_proxies(), regions_as_nodes(self),
+            sizes_stay(root),
         ):  # fmt: skip
             set_modes(self.flags)
             graph = super().trace(root, concrete_args)

@@ -214,6 +214,12 @@ class _Known:
 class KnownProxy(_Known, fx.Proxy):
     """The proxy of a node."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`x() if callable(x) else x`: every proxy can be called, and not all that they stand for."""
+        value = UNKNOWN if args or kwargs else self.tracer.values.of(self)
+        plain = isinstance(value, (Tensor, bool, int, float))
+        return self if plain else fx.Proxy.__call__(self, *args, **kwargs)
+
 
 class KnownAttribute(_Known, Attribute):
     """The proxy of an attribute of a proxy; a node only where it is not called as a method."""
