@@ -225,9 +225,10 @@ class Tracer(fx.Tracer):
                 sizes = tuple(args[1].shape[d] for d in range(model.dim()))
                 return getattr(args[0], LIKE[target])(sizes)
         if target in _SHAPED and args and isinstance(args[-1], fx.Proxy):
-            shape = self.values.of(args[-1])
+            given: Any = args[-1]
+            shape = self.values.of(given)
             if isinstance(shape, tuple):  # computed as a whole: each size is one of its own
-                args = (*args[:-1], tuple(args[-1][d] for d in range(len(shape))))
+                args = (*args[:-1], tuple(given[d] for d in range(len(shape))))
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
             raise TypeError(f"{name} needs the numbers in a tensor")
