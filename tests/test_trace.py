@@ -616,6 +616,22 @@ def test_checks_that_the_example_passes_are_passed_over() -> None:
         torch._check_value(False, lambda: "not of width 4")
 
 
+def test_an_identity_of_nothing_is_nothing() -> None:
+    class Attends(nn.Module):
+        """To what else it is given, or else to itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            other = self.norm(other)
+            return x @ (x if other is None else other).mT
+
+    graph = demp_fx.trace(Attends(), X)
+    torch.testing.assert_close(graph(X), Attends()(X), rtol=0, atol=0)
+
+
 SIZES: dict[str, Any] = {
     "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
     "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),

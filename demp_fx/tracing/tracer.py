@@ -154,7 +154,7 @@ class Tracer(fx.Tracer):
         return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.values.busy or self._is_function(m):
+        if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         expression = self._expression(m)
@@ -353,6 +353,11 @@ class Tracer(fx.Tracer):
 def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap."""
     return isinstance(target, types.FunctionType) and target.__module__.split(".")[0] != "torch"
+
+
+def _is_given_nothing(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether it gives back None, or another thing that code may look at."""
+    return isinstance(module, nn.Identity) and not isinstance(args[0] if args else None, fx.Proxy)
 
 
 def _has_state(module: nn.Module) -> bool:
