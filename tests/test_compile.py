@@ -126,6 +126,26 @@ def test_the_original_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_the_forward_keeps_of_an_image_is_not_that_of_a_trial() -> None:
+    class Windows(nn.Module):
+        """Narrows its windows for good once an image is smaller than they are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read, self.side = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] != 8:
+                self.side = 4
+            return self.read(nn.functional.avg_pool2d(self.make(x), self.side, 4))
+
+    model = Windows().double()
+    report = demp_fx.compile(model, image(2, 3, 8, 8)).report
+    assert report.verification is not None
+    assert report.verification.sized
+    assert model.side == 8
+
+
 # -- constants -----------------------------------------------------------------------------------
 
 
@@ -506,6 +526,26 @@ def test_a_network_with_a_head_for_training_compiles_for_either_mode(training: b
     assert narrow.get_submodule("head").weight.shape == (4, 5, 1, 1)
     if training:
         assert narrow.get_submodule("auxiliary").weight.shape == (4, 5, 3, 3)
+
+
+def test_a_row_that_is_zero_says_nothing_of_the_rows_that_data_chooses() -> None:
+    class Positions(nn.Module):
+        """Counts the words that are no padding, and looks their places up in a table."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Buffer(torch.randn(6, 8))
+            self.words, self.read = nn.Embedding(10, 8), nn.Linear(8, 3)
+            self.table[0] = 0
+
+        def forward(self, words: Tensor) -> Tensor:
+            places = (words > 3).long().cumsum(1)
+            chosen = self.table.index_select(0, places.view(-1)).view(*places.shape, -1)
+            return self.read(self.words(words) + chosen + self.table[places])
+
+    model = Positions().double()
+    result = demp_fx.compile(model, torch.randint(0, 10, (2, 5)))
+    assert result.module.get_buffer("table").shape == (6, 8)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5], ids=["zero", "constant"])

@@ -33,7 +33,7 @@ class Sized(nn.Module):
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "view_literal": lambda x: x.view(-1, 4, 8),
     "view_of_a_shape": lambda x: x.view(x.shape[0] // 2, 2, x.shape[1], x.shape[2]),
-    "view_of_a_computed_shape": lambda x: x.view(x.size()[:-1] + (8,)),  # noqa: RUF005
+    "view_of_a_computed_shape": lambda x: x.view(x.size()[:-1] + torch.Size([8])),
     "reshape_to_a_computed_shape": lambda x: torch.reshape(x, (*x.shape[:1], -1) + x.shape[2:]),  # noqa: RUF005
     "reshape_tuple": lambda x: torch.reshape(x, (-1, 8)),
     "expand": lambda x: x.unsqueeze(0).expand(2, -1, -1, 8),

@@ -602,6 +602,37 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert "np" not in graph.code
 
 
+def test_checks_that_the_example_passes_are_passed_over() -> None:
+    class Checked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            fits = x.shape[0] * 4 == x.numel()
+            torch._check_value(fits() if callable(fits) else fits, lambda: "not of width 4")
+            torch._check_tensor_all(x.isfinite(), lambda: "not finite")
+            return x.view(-1, 2)
+
+    graph = demp_fx.trace(Checked(), X)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X), Checked()(X), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="width"):
+        torch._check_value(False, lambda: "not of width 4")
+
+
+def test_an_identity_of_nothing_is_nothing() -> None:
+    class Attends(nn.Module):
+        """To what else it is given, or else to itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            other = self.norm(other)
+            return x @ (x if other is None else other).mT
+
+    graph = demp_fx.trace(Attends(), X)
+    torch.testing.assert_close(graph(X), Attends()(X), rtol=0, atol=0)
+
+
 SIZES: dict[str, Any] = {
     "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
     "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),

@@ -20,7 +20,7 @@ from demp_fx.passes.doubled import InFloat64
 from demp_fx.passes.outcome import Verification
 from demp_fx.passes.still import Still
 from demp_fx.passes.trials import fresh, resized
-from demp_fx.tracing.preserve import CONSTANT
+from demp_fx.tracing.preserve import CONSTANT, preserved
 from demp_fx.trees import tensors_of
 
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
@@ -178,7 +178,7 @@ def _expected(original: nn.Module, inputs: Inputs, training: bool) -> tuple[Any,
 
 
 def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision = "ops") -> Any:
-    """The output without gradients, randomness or a trace on the module.
+    """The output without gradients, randomness or a trace on the module, whatever it keeps.
 
     `precision`: in float64, to which "ops" convert weights, or the "whole" module at once; or in
     the "own" dtype of the parameters.
@@ -189,7 +189,7 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.train(training)
-        with torch.no_grad(), ExitStack() as stack:
+        with preserved(module), torch.no_grad(), ExitStack() as stack:
             kept = [stack.enter_context(_swapped(part, precision)) for part in module.modules()]
             stack.enter_context(Still())
             if double:

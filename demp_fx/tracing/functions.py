@@ -1,8 +1,8 @@
 """What of torch is replaced while a model is traced.
 
 ATen's functions become nodes whatever argument the proxy is. Autograd functions become one node
-each, so that their own backward stays; and a subclass of a batch norm that calls its base's forward
-gets one that does not branch on `training`.
+each, so that their own backward stays; a subclass of a batch norm that calls its base's forward
+gets one that does not branch on `training`; and checks of what is traced are passed.
 """
 
 from __future__ import annotations
@@ -184,6 +184,27 @@ def variables_of_proxies() -> Iterator[None]:
         yield
     finally:
         del kind.__new__
+
+
+@contextmanager
+def checks_of_proxies() -> Iterator[None]:
+    """Meanwhile `torch._check` and its like pass over proxies: a graph is for inputs that fit."""
+    torch_: Any = torch
+    before = {name: vars(torch)[name] for name in ("_check_with", "_check_tensor_all_with")}
+
+    def passing(check: Callable[..., None]) -> Callable[..., None]:
+        def checked(kind: Any, condition: Any, message: Any = None) -> None:
+            if not isinstance(condition, fx.Proxy):
+                check(kind, condition, message)
+
+        return checked
+
+    for name, check in before.items():
+        setattr(torch_, name, passing(check))
+    try:
+        yield
+    finally:
+        vars(torch).update(before)
 
 
 @contextmanager

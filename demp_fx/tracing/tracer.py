@@ -30,6 +30,7 @@ from demp_fx.tracing.functions import (
     as_nodes,
     aten_as_nodes,
     batch_norms_in_parts,
+    checks_of_proxies,
     distributions_of_proxies,
     scripts_as_python,
     variables_of_proxies,
@@ -109,8 +110,8 @@ class Tracer(fx.Tracer):
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root), as_nodes(self), aten_as_nodes(), batch_norms_in_parts(),
-            distributions_of_proxies(), variables_of_proxies(), regions_as_nodes(self),
-            sizes_stay(root), scripts_as_python(), proxies_are_tensors(),
+            checks_of_proxies(), distributions_of_proxies(), variables_of_proxies(),
+            regions_as_nodes(self), sizes_stay(root), scripts_as_python(), proxies_are_tensors(),
         ):  # fmt: skip
             set_modes(self.flags)
             try:
@@ -166,7 +167,7 @@ class Tracer(fx.Tracer):
         return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.values.busy or self._is_function(m):
+        if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         expression = self._expression(m)
@@ -384,6 +385,11 @@ def _is_wrapped(target: Any) -> bool:
     """Whether a function came here by torch.fx.wrap, to be looked into."""
     package = getattr(target, "__module__", "").partition(".")[0]
     return isinstance(target, types.FunctionType) and package not in ("torch", *PLAIN_SIZES)
+
+
+def _is_given_nothing(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether it gives back None, or another thing that code may look at."""
+    return isinstance(module, nn.Identity) and not isinstance(args[0] if args else None, fx.Proxy)
 
 
 def _has_state(module: nn.Module) -> bool:

@@ -179,10 +179,9 @@ def _filled(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any)
     all that it gets is zero or one. Raises where they differ, or it does not run."""
     found = []
     with torch.device("cpu"), torch.random.fork_rng([]):
-        for fill in (torch.zeros_like, torch.ones_like):
-            given = pytree.tree_map_only(
-                Tensor, functools.partial(fill, device="cpu"), (args, kwargs)
-            )
+        for make in (torch.zeros_like, torch.ones_like):
+            alike = functools.partial(make, device="cpu")
+            given = pytree.tree_map_only(Tensor, alike, (args, kwargs))
             own = {name: t.detach().to("cpu", copy=True) for name, t in state.items()}
             found.append(on_meta(torch.func.functional_call(module, own, *given)))
     sizes = [[t.shape for t in pytree.tree_leaves(f) if isinstance(t, Tensor)] for f in found]
@@ -242,6 +241,12 @@ class _Known:
 
 class KnownProxy(_Known, fx.Proxy):
     """The proxy of a node."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`x() if callable(x) else x`: any proxy can be called, not all that they stand for."""
+        value = UNKNOWN if args or kwargs else self.tracer.values.of(self)
+        plain = isinstance(value, (Tensor, bool, int, float))
+        return self if plain else fx.Proxy.__call__(self, *args, **kwargs)
 
 
 class KnownAttribute(_Known, Attribute):
