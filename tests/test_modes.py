@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,31 @@ def test_noise_drawn_at_the_width_of_a_layer_does_not_hinder_the_comparison() ->
 
     torch.manual_seed(0)
     net, x = _half_dead(Noisy()), torch.randn(6, 5)
+    result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+
+
+DRAWN_INDICES: dict[str, Any] = {
+    "weighted": lambda x: torch.multinomial(torch.ones(x.shape[0]), 4),
+    "weighted, in rows": lambda x: torch.multinomial(torch.ones(2, x.shape[0]), 3)[1],
+    "again and again": lambda x: torch.multinomial(x.new_ones(3), 9, replacement=True),
+    "shuffled": lambda x: torch.randperm(x.shape[0]),
+    "any": lambda x: torch.randint(x.shape[0], (4,)),
+    "of some": lambda x: torch.randint(1, x.shape[0], (4,)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN_INDICES)
+def test_indices_that_are_drawn_do_not_hinder_the_comparison(draw: str) -> None:
+    class Masked(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            kept = x[DRAWN_INDICES[draw](x)]
+            result: Tensor = self.head(self.outer(self.inner(kept).relu()))
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Masked()), torch.randn(6, 5)
     result = demp_fx.compile(net, (x,))
     assert result.module.get_submodule("inner").weight.shape[0] == 6
 
