@@ -126,6 +126,33 @@ def test_indices_that_are_drawn_do_not_hinder_the_comparison(draw: str) -> None:
     assert result.module.get_submodule("inner").weight.shape[0] == 6
 
 
+DRAWS: dict[str, Any] = {
+    "rand": lambda: torch.rand(8),
+    "randn": lambda: torch.randn(1, 8),
+    "normal": lambda: torch.normal(0.0, 1.0, (8,)),
+    "one for all": lambda: torch.rand(()),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_draw_that_has_nothing_to_do_with_the_input_is_drawn_at_each_call(draw: str) -> None:
+    class Noisy(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            result: Tensor = self.head(self.outer(self.inner(x).relu()) + DRAWS[draw]())
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Noisy()), torch.randn(6, 5)
+    result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+    torch.manual_seed(1)
+    expected = net(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(result.module(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(result.module(x), result.module(x))
+
+
 def test_the_way_of_one_mode_is_kept_and_said() -> None:
     class Auxiliary(Residual):
         def forward(self, x: Tensor) -> Tensor:
