@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,58 @@ def test_draws_that_decide_do_not_hinder_the_comparison(name: str) -> None:
     net = _half_dead(Draws())
     result = demp_fx.compile(net, torch.randn(2, 6, 5))
     assert result.module.get_submodule("inner").weight.shape[0] == 6
+
+
+DRAWN_INDICES: dict[str, Any] = {
+    "weighted": lambda x: torch.multinomial(torch.ones(x.shape[0]), 4),
+    "weighted, in rows": lambda x: torch.multinomial(torch.ones(2, x.shape[0]), 3)[1],
+    "again and again": lambda x: torch.multinomial(x.new_ones(3), 9, replacement=True),
+    "shuffled": lambda x: torch.randperm(x.shape[0]),
+    "any": lambda x: torch.randint(x.shape[0], (4,)),
+    "of some": lambda x: torch.randint(1, x.shape[0], (4,)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN_INDICES)
+def test_indices_that_are_drawn_do_not_hinder_the_comparison(draw: str) -> None:
+    class Masked(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            kept = x[DRAWN_INDICES[draw](x)]
+            result: Tensor = self.head(self.outer(self.inner(kept).relu()))
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Masked()), torch.randn(6, 5)
+    result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+
+
+NOISES: dict[str, Any] = {
+    "rand": lambda: torch.rand(8),
+    "randn": lambda: torch.randn(1, 8),
+    "normal": lambda: torch.normal(0.0, 1.0, (8,)),
+    "one for all": lambda: torch.rand(()),
+}
+
+
+@pytest.mark.parametrize("draw", NOISES)
+def test_a_draw_that_has_nothing_to_do_with_the_input_is_drawn_at_each_call(draw: str) -> None:
+    class Noisy(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            result: Tensor = self.head(self.outer(self.inner(x).relu()) + NOISES[draw]())
+            return result
+
+    torch.manual_seed(0)
+    net, x = _half_dead(Noisy()), torch.randn(6, 5)
+    result = demp_fx.compile(net, (x,))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+    torch.manual_seed(1)
+    expected = net(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(result.module(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(result.module(x), result.module(x))
 
 
 def test_the_way_of_one_mode_is_kept_and_said() -> None:

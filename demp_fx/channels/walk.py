@@ -229,8 +229,9 @@ class Walk(Places):
             if any(isinstance(t, Tensor) and not t.is_meta for t in given):
                 # the code made a tensor of its own: on meta, too
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
-            with suppress(Exception):
-                return self._leaf(run, args, kwargs, "it cannot be run on shapes alone")
+            if not isinstance(error, IndexError):  # zeros would be indices that are there
+                with suppress(Exception):
+                    return self._leaf(run, args, kwargs, "it cannot be run on shapes alone")
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in tensors_of(args)]
             raise RefusalError(

@@ -1,4 +1,5 @@
-"""Stillness: a mode in which dropout lets everything pass, and every other draw gives its mean.
+"""Stillness: a mode in which dropout lets everything pass, and every other draw gives its mean, or
+the first of the indices that it may be.
 
 Two networks of different widths draw different masks from one seed; without the draws they can be
 compared in train mode.
@@ -51,16 +52,26 @@ def _chance(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return torch.as_tensor(args[0] if chance is None else chance)
 
 
+def _first(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+    """Of draws of indices by their weights: the heaviest ones, over again where more are drawn."""
+    ranked = args[0].argsort(dim=-1, descending=True, stable=True)
+    return ranked[..., torch.arange(args[1]) % ranked.size(-1)]
+
+
+def _low(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+    return torch.tensor(args[0] if isinstance(args[1], int) else 0)
+
+
 _MEANS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     aten.bernoulli: _chance,
     aten.bernoulli_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "p", 0.5)),
     **dict.fromkeys((aten.rand, aten.rand_like), lambda *_: torch.tensor(0.5)),
     **dict.fromkeys((aten.randn, aten.randn_like), lambda *_: torch.tensor(0.0)),
     aten.uniform_: _middle,
+    aten.multinomial: _first,
+    aten.randint: _low,
+    aten.randperm: lambda args, _: torch.arange(args[0]),
     **dict.fromkeys((aten.normal, aten.poisson), lambda args, _: torch.as_tensor(args[0])),
     aten.normal_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "mean", 0.0)),
     aten.exponential_: lambda args, kwargs: torch.tensor(1 / _second(args, kwargs, "lambd", 1.0)),
-    aten.randint: lambda args, _: torch.tensor(args[0] if isinstance(args[1], int) else 0),
-    aten.multinomial: lambda *_: torch.tensor(0),
-    aten.randperm: lambda args, _: torch.arange(args[0]),
 }

@@ -96,8 +96,25 @@ _RECORDED: dict[types.ModuleType, dict[str, Any]] = {
 ATEN = {id(vars(module)[name]) for module, table in _RECORDED.items() for name in table}
 
 
+# What draws anew at each call, even where nothing of the input goes into it.
+_DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson"}
+
+
+def _drawn(tracer: Any, recorded: Callable[..., Any]) -> Callable[..., Any]:
+    """A draw that is a node; one from a generator of the code's own can be in no graph."""
+    function: Any = recorded.__wrapped__  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if tracer.values.busy or kwargs.get("generator") is not None:
+            return function(*args, **kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
+
+    return wrapper
+
+
 @contextmanager
-def aten_as_nodes() -> Iterator[None]:
+def aten_as_nodes(tracer: Any) -> Iterator[None]:
     """Meanwhile ATen's functions of proxies are nodes, where they are called as torch's."""
     # torch lists its functions once, for good: not while others stand in for them.
     for listed in (_device_constructors, _get_overridable_functions):
@@ -107,7 +124,9 @@ def aten_as_nodes() -> Iterator[None]:
         for module, recorded in _RECORDED.items():
             table = vars(module)
             stack.callback(table.update, {name: table[name] for name in recorded})
-            table.update({n: f for n, f in recorded.items() if table[n] is f.__wrapped__})
+            mine = {n: f for n, f in recorded.items() if table[n] is f.__wrapped__}
+            draws = {n: _drawn(tracer, f) for n, f in mine.items() if n in _DRAWS}
+            table.update(mine | draws)
         yield
 
 
