@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import demp_fx
 from demp_fx.channels.rules import RULES
+from demp_fx.channels.rules.pointwise import FUNCTIONS
 from demp_fx.channels.stream import FAILED
 from demp_fx.emit.module import source
 from demp_fx.errors import UsageError
@@ -275,3 +276,14 @@ def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert before.startswith("Conv2d(8, 32,")
     assert reason == "guide.Step is not known to keep channels apart"
     assert after.startswith("Conv2d(8, 24,")
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_activations_of_well_known_packages_are_elementwise(name: str) -> None:
+    class Own(Step):
+        pass
+
+    Own.__module__, _, Own.__qualname__ = name.rpartition(".")
+    result, width = compiled(lambda x: Own.apply(x))  # type: ignore[no-untyped-call]
+    assert not any(name in pin.reason for pin in result.report.pinned)
+    assert width < 8

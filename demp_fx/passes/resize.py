@@ -193,7 +193,7 @@ def _chunk(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """Equal chunks become a split: the pieces may now differ."""
     _, dim = _argument(node, 2, "dim", 0)
     pieces = _pieces(node, sizes, dim)
-    if pieces is not None and len(node.args) > 1:
+    if pieces is not None:
         yield Literal(node=node.name, path=["args", 1], value=pieces, target="split")
 
 

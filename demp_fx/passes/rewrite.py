@@ -24,6 +24,8 @@ from demp_fx.passes.plan import (
 )
 from demp_fx.passes.resize import ASKS
 
+CHUNK = ("input", "chunks", "dim")  # the arguments of what becomes a split, in order
+
 
 def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Graph:
     """A copy of a graph, changed around what a plan makes narrower."""
@@ -123,6 +125,9 @@ def _set(graph: fx.Graph, node: fx.Node, literal: Literal) -> None:
             value = graph.call_function(operator.floordiv, (times, literal.of))
     if literal.target is not None:
         node.target = literal.target if node.op == "call_method" else getattr(torch, literal.target)
+        named = [node.kwargs[name] for name in CHUNK if name in node.kwargs]
+        node.args = (*node.args, *named)  # the names are others now
+        node.kwargs = {name: v for name, v in node.kwargs.items() if name not in CHUNK}
     _put(node, literal.path, value)
 
 

@@ -26,6 +26,7 @@ UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten:
 # Autograd functions of other packages that are elementwise, by class.
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
+FUNCTIONS |= {"efficientnet_pytorch.utils.SwishImplementation"}
 PRODUCTS = {"aten::mul", "aten::mul_"}
 # A mask, and the two values that it chooses between, by the names of the arguments.
 CHOICES = {"aten::where": ("condition", "self", "other"),
