@@ -28,7 +28,7 @@ class Empty:
     def along(self, dim: int) -> Tensor | None:
         """Which slices along `dim` are all zero; None where none is."""
         weight = self.weight
-        if weight.is_meta or weight.numel() == 0:
+        if weight.is_meta or weight.numel() == 0 or weight.layout is not torch.strided:
             return None
         dim %= weight.dim()
         if dim not in self._found:

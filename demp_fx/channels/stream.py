@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from demp_fx.channels.writes import Write, memory_of
 from demp_fx.errors import DempError
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.source import first_line
 
 # How ops are called that take no more of their operand than its dtype, or a number of the code's.
 NEW = ("aten::new_", "aten::lift_fresh")
@@ -174,7 +175,7 @@ class Stream(TorchDispatchMode):
             del self.unfit[unfit:], self.shaped[shaped:]
             for tensor, value in zip(call.tensors, before, strict=True):
                 tensor.__dict__["demp"] = value
-            self.leave(call, f"{FAILED} {call.op._schema.name}: {type(error).__name__}: {error}")
+            self.leave(call, f"{FAILED} {call.op._schema.name}: {first_line(error)}")
         if not call.op.is_view and all(self.value(out).data is None for out in call.outputs):
             self._use(call, before)
 
@@ -238,10 +239,11 @@ class Stream(TorchDispatchMode):
                 return whole.along(axes.index(axis))
         return Empty(weight).along(dim)
 
-    def slices(self, weight: Tensor) -> Facts | None:
-        """Zeros of the numbers behind a value, where whole slices of them are, along any dim."""
+    def slices(self, weight: Tensor, but: Collection[int] = ()) -> Facts | None:
+        """Zeros of the numbers behind a value, where whole slices of them are: along any dim (`but`
+        some)."""
         found: Tensor | None = None
-        for d in range(weight.dim()):
+        for d in set(range(weight.dim())) - set(but):
             if (empty := self.empty(weight, d)) is not None:
                 zero = along(empty, weight.dim(), d)
                 found = zero if found is None else found | zero

@@ -105,7 +105,7 @@ def _annihilated(walk: Stream, operands: tuple[Operand, Operand], result: str) -
     found: Tensor | None = None
     for operand in operands:
         value = walk.value(operand.tensor)
-        if value.data is not None:
+        if value.data is not None and value.data.layout is torch.strided and not value.data.is_meta:
             zero = (value.data == 0).cpu()
         elif value.facts is not None:
             zero = value.facts.aligned(len(operand.letters)).zero

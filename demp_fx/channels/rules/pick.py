@@ -43,7 +43,9 @@ def index(walk: Stream, call: Call) -> None:
         args = (x, dims[0], numbers[0])
     elif given is not None:
         args = (x, [None if i is None else next(feed) for i in given])
-    if (unknown or merged) and facts is not None:
+    if walk.with_facts and before.data is not None and not before.vector:
+        facts = walk.slices(before.data, but=dims if unknown else ())
+    elif (unknown or merged) and facts is not None:
         facts = facts if all(facts.known.size(d) == 1 for d in dims) else None
     x.__dict__["demp"] = Value(labels, facts, version=before.version)
     move(walk, Call(call.op, args, {}, call.out, call.site))
