@@ -1,16 +1,29 @@
-"""Arguments by name that have a place: `F.softmax(input=x, dim=-1)`. In the graph they are where
-all that reads nodes looks for them."""
+"""One way to write a call: what reads nodes finds arguments and sizes where it looks for them.
+
+Arguments that are given by name go to their places (`F.softmax(input=x, dim=-1)`), and sizes that
+are computed as a whole are spelled out one by one (`x.view(y.shape[:-1] + (8,))`).
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor, fx
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from demp_fx.tracing.values import UNKNOWN, Values
+
+# Methods that take another tensor's sizes, and the same with the sizes spelled out.
+LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+# Methods and functions whose last argument may be all sizes of the result.
+SHAPED: set[Any] = {"view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"}
+SHAPED |= {torch.reshape, torch.zeros, torch.ones, torch.empty}
 _PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -37,3 +50,32 @@ def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Paramete
     except ValueError:  # it is none of Python's
         signatures = get_signature_for_torch_op(function) or []
     return [dict(signature.parameters) for signature in signatures]
+
+
+def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
+    """A target and its arguments, each size one of its own."""
+    shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
+    if not shaped and not (target in LIKE and len(args) == 2):
+        return target, args
+    last: Any = args[-1]
+    if target in LIKE:
+        model = values.of(last)
+        if not isinstance(model, Tensor):
+            return target, args
+        # only its sizes are meant: no reader of its channels
+        return LIKE[target], (args[0], tuple(last.shape[d] for d in range(model.dim())))
+    sizes = UNKNOWN if _is_one(last) else values.of(last)
+    if isinstance(sizes, tuple):
+        args = (*args[:-1], tuple(last[d] for d in range(len(sizes))))
+    return target, args
+
+
+def _is_one(size: Any) -> bool:
+    """Whether code shows that this is one size, and not several."""
+    if not isinstance(size, (fx.Node, fx.Proxy)):
+        return isinstance(size, int)
+    node = size.node if isinstance(size, fx.Proxy) else size
+    if node.target in (operator.getitem, "size"):
+        return len(node.args) == 2 and isinstance(node.args[1], int)
+    arithmetic = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod)
+    return node.target in arithmetic and all(map(_is_one, node.args))

@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,10 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
-from demp_fx.tracing.arguments import in_place
+from demp_fx.tracing.arguments import in_place, spelled_out
 from demp_fx.tracing.assigned import keep_assigned
 from demp_fx.tracing.computed import computes_weight
+from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
@@ -39,10 +40,9 @@ from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
-from demp_fx.tracing.source import failed_at, first_line, quoted, user_line
+from demp_fx.tracing.source import failed_at, first_line, user_line
 from demp_fx.tracing.values import (
     NUMBERS,
-    UNKNOWN,
     Flag,
     KnownProxy,
     TensorProxy,
@@ -53,11 +53,6 @@ from demp_fx.tracing.values import (
     set_modes,
 )
 
-# Methods that take another tensor's sizes, and the same with the sizes spelled out.
-LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
-# Methods and functions whose last argument may be all sizes of the result.
-_SHAPED: set[Any] = {"view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"}
-_SHAPED |= {torch.reshape, torch.zeros, torch.ones, torch.empty}
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
@@ -68,7 +63,7 @@ PLAIN_SIZES = ("einx",)
 _LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
 
-class Tracer(fx.Tracer):
+class Tracer(Decisions):
     """Traces one module once.
 
     Args:
@@ -76,9 +71,8 @@ class Tracer(fx.Tracer):
         forking: leave modules whole that have no state and ask for the mode: a graph has one way.
 
     Attributes:
-        opaque, baked: see `TraceNotes`.
+        opaque: see `TraceNotes`.
         chosen: the modules in `opaque` that are meant to be left whole.
-        by_mode: the entries of `baked` that are decisions on train or eval mode.
         forks: the modules that were left whole for this.
     """
 
@@ -86,15 +80,12 @@ class Tracer(fx.Tracer):
 
     def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
         called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
-        super().__init__(autowrap_modules=called)
+        super().__init__(called)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
         self.bound, self.forking = bound, forking
         self.opaque: dict[str, str] = {}
         self.chosen: set[str] = set()
-        self.baked: dict[str, None] = {}
-        self.by_mode: set[str] = set()
         self.forks: set[str] = set()
-        self.mode_decisions = 0
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.expressions: dict[type[nn.Module], Expression | None] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
@@ -232,16 +223,7 @@ class Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
     ) -> Any:
-        if kind == "call_method" and target in LIKE and len(args) == 2:
-            model = self.values.of(args[1])
-            if isinstance(model, Tensor):  # only its sizes are meant: no reader of its channels
-                sizes = tuple(args[1].shape[d] for d in range(model.dim()))
-                return getattr(args[0], LIKE[target])(sizes)
-        if target in _SHAPED and args and isinstance(args[-1], fx.Proxy):
-            shape: Any = args[-1]
-            known = self.values.of(shape)
-            if isinstance(known, tuple):  # computed as a whole: each size is one of its own
-                args = (*args[:-1], tuple(shape[d] for d in range(len(known))))
+        target, args = spelled_out(target, args, self.values)
         if kind == "call_function":
             args, kwargs = in_place(target, args, kwargs)
         elif kind == "call_module":
@@ -305,8 +287,6 @@ class Tracer(fx.Tracer):
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:
             return a
-        if isinstance(a, np.generic):  # else the code would have to import numpy
-            return a.item()
         if isinstance(a, fx.Proxy):
             if isinstance(a, Attribute) and a._node is not None and a._node._erased:
                 a._node = None  # it was made by an attempt that was rolled back
@@ -347,38 +327,6 @@ class Tracer(fx.Tracer):
         for reference in self.lent:
             if (proxy := reference()) is not None:
                 vars(proxy).clear()
-
-    def decided(self, proxy: Any) -> Any:
-        """The value of `proxy`, from now on taken as given; refused where it depends on data."""
-        value = self.values.of(proxy)
-        if value is UNKNOWN or isinstance(value, Tensor):
-            raise TypeError("control flow depends on the values in a tensor")
-        self._note(proxy.node)
-        return value
-
-    def _note(self, node: fx.Node) -> None:
-        modes = self.values.training
-        found = [modes[n.target] for n in (node, *node.all_input_nodes) if n.target in modes]
-        what = f"{'train' if found[0] else 'eval'} mode" if found else "the example inputs' sizes"
-        note = f"{quoted(user_line(sys._getframe()))} followed for {what}"
-        self.baked[note] = None
-        if found:
-            self.mode_decisions += 1
-            self.by_mode.add(note)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self.decided(obj))
-
-    def length(self, proxy: Any) -> int:
-        """How many items `proxy` has."""
-        value = self.values.of(proxy)
-        if isinstance(value, Tensor):
-            self._note(proxy.node)
-        return len(value if hasattr(value, "__len__") else self.decided(proxy))
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        value = self.values.of(obj)
-        return iter(value if isinstance(value, dict) else [obj[i] for i in range(len(obj))])
 
 
 def _is_wrapped(target: Any) -> bool:

@@ -1,0 +1,63 @@
+"""What a model's code decides while it is traced: by sizes and by the mode, and noted each time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx
+
+from demp_fx.tracing.source import quoted, user_line
+from demp_fx.tracing.values import UNKNOWN, Values
+
+
+class Decisions(fx.Tracer):
+    """A tracer whose proxies may decide.
+
+    Attributes:
+        values: what is known of the graph's values.
+        baked: see `TraceNotes`.
+        by_mode: the entries of `baked` that are decisions on train or eval mode.
+        mode_decisions: how many of them there were.
+    """
+
+    values: Values
+
+    def __init__(self, autowrap_modules: Any) -> None:
+        super().__init__(autowrap_modules=autowrap_modules)
+        self.baked: dict[str, None] = {}
+        self.by_mode: set[str] = set()
+        self.mode_decisions = 0
+
+    def decided(self, proxy: Any) -> Any:
+        """The value of `proxy`, from now on taken as given; refused where it depends on data."""
+        value = self.values.of(proxy)
+        if value is UNKNOWN or isinstance(value, Tensor):
+            raise TypeError("control flow depends on the values in a tensor")
+        self._note(proxy.node)
+        return value
+
+    def _note(self, node: fx.Node) -> None:
+        modes = self.values.training
+        found = [modes[n.target] for n in (node, *node.all_input_nodes) if n.target in modes]
+        what = f"{'train' if found[0] else 'eval'} mode" if found else "the example inputs' sizes"
+        note = f"{quoted(user_line(sys._getframe()))} followed for {what}"
+        self.baked[note] = None
+        if found:
+            self.mode_decisions += 1
+            self.by_mode.add(note)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decided(obj))
+
+    def length(self, proxy: Any) -> int:
+        """How many items `proxy` has."""
+        value = self.values.of(proxy)
+        if isinstance(value, Tensor):
+            self._note(proxy.node)
+        return len(value if hasattr(value, "__len__") else self.decided(proxy))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        value = self.values.of(obj)
+        return iter(value if isinstance(value, dict) else [obj[i] for i in range(len(obj))])
