@@ -93,3 +93,22 @@ def test_constants_made_in_forward_are_converted() -> None:
     result = demp_fx.compile(Pooled(), torch.randn(4, 12))
     assert result.report.verification.eval_error < 1e-14
     assert result.module.make.weight.shape == (6, 12)
+
+
+def test_a_constant_of_a_coarser_dtype_is_no_difference() -> None:
+    class Windowed(nn.Module):
+        """A window that the original makes in float32, or in float64 while it is compared."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(12, 8), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.make.weight[:2] = self.make.bias[:2] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.read(self.make(x * torch.hann_window(12).to(x)).relu())
+            return result
+
+    result = demp_fx.compile(Windowed().double(), torch.randn(4, 12).double())
+    assert 1e-9 < result.report.verification.eval_error < 1e-6
+    assert result.module.make.weight.shape == (6, 12)

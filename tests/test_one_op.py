@@ -85,7 +85,6 @@ def is_kept(model: nn.Module) -> None:
         ("layer_norm", "layer_norm"),
         ("cumsum", "cumsum"),
         ("sort", "sort"),
-        ("pad_channels", "constant_pad_nd"),
         ("channel_sum", "sum"),
         ("standardised", "std"),
     ],

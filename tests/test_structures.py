@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -203,4 +204,29 @@ def test_one_channel_that_is_picked_by_its_number(way: str, cuts: Cuts) -> None:
     torch.manual_seed(0)
     model, x = Picks().double(), torch.randn(3, 5, dtype=torch.float64)
     narrow = demp_fx.compile(model, x, cuts=cuts, verify=False).module
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
+    class Grouped(nn.Module):
+        """Each group loses an input and a filter, and not the same ones."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 1)
+            self.weight = nn.Parameter(torch.randn(16, 4, 3, 3))
+            with torch.no_grad():
+                self.make.weight[[0, 5, 10, 15]] = self.make.bias[[0, 5, 10, 15]] = 0
+                self.weight[[1, 4, 9, 14]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(self.make(x).relu(), self.weight, None, 1, 1, 1, 4)
+            result: Tensor = self.read(x.relu())
+            return result
+
+    torch.manual_seed(0)
+    model = Grouped().double()
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 6, 6).double()).module
+    assert narrow.get_parameter("weight").shape == (12, 3, 3, 3)
+    x = torch.randn(3, 3, 7, 7).double()
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -1041,3 +1041,24 @@ def test_torchvision_models_equal_eager_in_both_modes(name: str) -> None:
         graph.train(training)
         with torch.no_grad():
             torch.testing.assert_close(graph(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+def test_parts_of_a_sequential_are_looked_through() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 5))
+            self.head = nn.ModuleList([nn.Dropout(), nn.Linear(5, 2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[2:](self.layers[:2](x).relu())
+            result: Tensor = nn.Sequential(*self.head)(x)
+            return result
+
+    model, x = Parts().eval(), torch.randn(3, 4)
+    graph = demp_fx.trace(model, x)
+    assert graph.meta["demp_fx"].exported == ""
+    assert list(graph.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(graph.eval()(x), model(x))
+    called = [n.target for n in graph.graph.nodes if n.op == "call_module"]
+    assert called == ["layers.0", "layers.1", "layers.2", "head.0", "head.1"]

@@ -37,7 +37,7 @@ def as_meta(value: Any) -> Any:
         if t.is_meta:
             return t
         blank = torch.empty_like(t, device="meta")
-        blank.__dict__.update(t.__dict__)
+        blank.__dict__ = t.__dict__  # what is known of one is known of the other
         return blank
 
     return pytree.tree_map_only(Tensor, twin, value)

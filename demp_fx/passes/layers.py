@@ -85,7 +85,7 @@ def sizes(module: nn.Module, groups: int | None, channels: int | None) -> Iterat
     if norm and channels is not None and not any(t is not None for t in _tensors(module)):
         yield from _bare_norm(module, channels).items()
         return
-    if groups is not None:
+    if groups is not None and isinstance(module, nn.modules.conv._ConvNd):
         yield from _grouped(module, groups).items()
         return
     for kinds, rule in ROWS:

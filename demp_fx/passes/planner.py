@@ -66,6 +66,9 @@ class _Planner:
         written: list[Literal] = []
         for node in self.walk.env:
             new = sizes.new(node)
+            blocks = plan.grouped.get(str(node.target)) if node.op == "get_attr" else None
+            if blocks is not None:  # of a convolution that is called as a function
+                new = {**new, 1: len(blocks[0])}
             if new:
                 plan.nodes[node.name] = new
             try:

@@ -114,9 +114,9 @@ def literals(node: fx.Node, sizes: Sizes) -> list[Literal]:
     return list(row(node, sizes)) if row is not None else []
 
 
-def _shape(node: fx.Node, sizes: Sizes, first: int = 1) -> Iterator[Literal]:
-    """`view(x, *shape)`, `reshape(x, shape)`, `expand`: each entry is a size of the result; they
-    stand from the `first` argument on."""
+def _shape(node: fx.Node, sizes: Sizes, first: int = 1, inferred: bool = True) -> Iterator[Literal]:
+    """`view(x, *shape)`, `reshape(x, shape)`: each entry is a size of the result; they stand from
+    the `first` argument on. `inferred`: one of them may be left to torch."""
     new = sizes.new(node)
     if not new and not sizes.changed:
         return
@@ -135,7 +135,7 @@ def _shape(node: fx.Node, sizes: Sizes, first: int = 1) -> Iterator[Literal]:
     # where the batch, or another size of the input, is in it, torch works it out
     merged = sizes.merged(node) if changes else set()
     free = merged | (asked & changes.keys() - new.keys())
-    if len(free) == 1 and -1 not in given:
+    if inferred and len(free) == 1 and -1 not in given:
         changes |= dict.fromkeys(free & changes.keys(), -1)
     for d, n in changes.items():
         computed = d in merged & asked and n != -1
@@ -147,7 +147,27 @@ def _shape(node: fx.Node, sizes: Sizes, first: int = 1) -> Iterator[Literal]:
 
 def _made(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     """`torch.zeros(*shape)`, `torch.full(shape, 1.0)`."""
-    return _shape(node, sizes, first=0)
+    return _shape(node, sizes, first=0, inferred=False)
+
+
+def _made_like(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`x.new_zeros(*shape)`, `x.expand(*shape)`."""
+    return _shape(node, sizes, inferred=False)
+
+
+def _pad(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
+    """`F.pad(x, (0, 0, 0, 0, 2, 2))`: as many channels are padded on as stay."""
+    path, given = _variadic(node, "pad")
+    if any(not isinstance(sizes.number(amount), int) for amount in given):
+        return
+    rank, masks = sizes.env[node].dim(), sizes.masks(node)
+    for k, amount in enumerate(given):
+        mask, width = masks.get(rank - 1 - k // 2), sizes.number(amount)
+        if mask is not None:
+            padded = mask[:width] if k % 2 == 0 else mask[mask.numel() - width :]
+            kept = int(padded.sum())
+            if sizes.follows(amount) != kept:
+                yield Literal(node=node.name, path=[*path(k)], value=kept)
 
 
 def _variadic(
@@ -329,8 +349,8 @@ def _split_evenly(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 F = torch.nn.functional
 aten = torch.ops.aten
 ROWS: dict[Any, Row] = {
-    **dict.fromkeys(("view", "reshape", "expand", torch.reshape), _shape),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full"), _shape),
+    **dict.fromkeys(("view", "reshape", torch.reshape), _shape),
+    **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full"), _made_like),
     **dict.fromkeys((torch.zeros, torch.ones, torch.full), _made),
     **dict.fromkeys(("split", "split_with_sizes", torch.split, torch.split_with_sizes), _split),
     **dict.fromkeys(("chunk", torch.chunk), _chunk),
@@ -339,13 +359,13 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(("unflatten", torch.unflatten, aten.unflatten.int), _unflatten),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
     operator.getitem: _getitem,
+    **dict.fromkeys((F.pad, torch._C._nn.pad), _pad),
     **dict.fromkeys((F.group_norm, torch.group_norm, aten.group_norm.default), _norm_groups),
     F.scaled_dot_product_attention: _attention,
     # the same, as torch.export writes them
-    **dict.fromkeys(
-        (aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default),
-        _shape,
-    ),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), _shape),
+    aten.expand.default: _made_like,
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     aten.split_with_sizes.default: _split,
     aten.split.Tensor: _split_evenly,
     aten.chunk.default: _chunk,
@@ -355,6 +375,6 @@ ROWS: dict[Any, Row] = {
     aten.scaled_dot_product_attention.default: _attention,
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _groups),
 }
-SIZE_ROWS = (_shape, _made, _split, _split_evenly, _chunk, _unflatten)
+SIZE_ROWS = (_shape, _made, _made_like, _split, _split_evenly, _chunk, _unflatten)
 # Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
 SIZED = {target for target, row in ROWS.items() if row in SIZE_ROWS}

@@ -198,10 +198,12 @@ class Tracer(Decisions):
                 raise error from None
 
     def _is_function(self, module: nn.Module) -> bool:
-        """Whether the forward has made it for this call, without tensors of its own."""
+        """Whether the forward has made it for this call, without tensors of its own: a part of a
+        `Sequential`, say."""
         if module in self.modes:
             return False
-        return all(isinstance(t, fx.Proxy) for t in (*module.parameters(), *module.buffers()))
+        own = (*module._parameters.values(), *module._buffers.values())
+        return all(t is None or isinstance(t, fx.Proxy) for t in own)
 
     def _expression(self, module: nn.Module) -> Expression | None:
         kind = type(module)

@@ -18,6 +18,7 @@ from demp_fx.channels.rules import (
     made,
     move,
     norm,
+    pad,
     pick,
     pointwise,
     recurrent,
@@ -30,6 +31,7 @@ from demp_fx.channels.value import Call
 RULES: dict[str, Rule] = {
     **move.RULES,
     **join.RULES,
+    **pad.RULES,
     **pick.RULES,
     **pointwise.RULES,
     **made.RULES,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from demp_fx.channels.blocks import rows_of
 from demp_fx.channels.facts import Facts, same_place
-from demp_fx.channels.labels import varying
+from demp_fx.channels.labels import along, varying
 from demp_fx.channels.rules.move import compressed
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -20,6 +20,7 @@ def cat(walk: Stream, call: Call) -> None:
     tensors, out = call.tensors, call.outputs[0]
     tensors = [t for t in tensors if t.dim() == out.dim()]
     dim = (call.arg("dim") or 0) % out.dim()
+    _adopt(walk, tensors, dim)
     given = _levelled(walk, call, tensors, dim)
     for found in given:  # a dim that two axes were merged into has two labels, a join has one
         keys = [varying(label) for label in found]
@@ -43,6 +44,18 @@ def cat(walk: Stream, call: Call) -> None:
         labels.append(full[0])
     facts = _joined_facts(walk, tensors, dim) if walk.with_facts else None
     walk.give(out, tuple(labels), facts)
+
+
+def _adopt(walk: Stream, tensors: list[Tensor], dim: int) -> None:
+    """Constants that are joined with channels, and may be as many as the sizes want that they are
+    given, are channels of their own."""
+    joined = any(dim in varying(label) for t in tensors for label in walk.value(t).labels)
+    for t in tensors if joined else ():
+        value = walk.value(t)
+        bare = not any(dim in varying(label) for label in value.labels)
+        if bare and dim in value.blank and t.size(dim) > 1:
+            atoms = walk.system.fresh(f"{walk.site.node}.joined", -1, t.size(dim)).atoms
+            walk.relabel(t, (*value.labels, along(atoms, t.dim(), dim)))
 
 
 def stack(walk: Stream, call: Call) -> None:

@@ -8,7 +8,6 @@ walk then looks for one `index_select` that does the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,26 +155,6 @@ def _real(call: Call, data: Tensor) -> list[Tensor | None]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def pad(walk: Stream, call: Call) -> None:
-    """Padding of dims without channels leaves labels alone; other channels would be new ones."""
-    x, out = call.args[0], call.outputs[0]
-    amounts: list[int] = call.args[1]
-    rank = x.dim()
-    padded = {rank - 1 - k // 2 for k, n in enumerate(amounts) if n}
-    labels = []
-    for label in walk.value(x).labels:
-        if padded & set(varying(label)):
-            walk.pin(call, label, "padding adds channels")
-        else:
-            labels.append(label)
-    facts = walk.value(x).facts
-    fill: Any = call.arg("value") or 0.0
-    kept = Facts.of(facts.zero, facts.values) if facts is not None and fill == 0.0 else None
-    if kept is not None and any(kept.known.size(d) > 1 for d in padded):
-        kept = None
-    walk.give(out, tuple(labels), kept)
-
-
 def expand(walk: Stream, call: Call) -> None:
     """What has one entry along a dim gets it many times."""
     move(walk, call)
@@ -234,7 +213,6 @@ def _refuse(walk: Stream, call: Call) -> None:
 
 
 RULES: dict[str, Rule] = {
-    "aten::constant_pad_nd": pad,
     **dict.fromkeys(REARRANGE, move),
     "aten::pixel_shuffle": pixel_shuffle,
     "aten::diagonal": diagonal,

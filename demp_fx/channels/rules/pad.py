@@ -1,0 +1,79 @@
+"""Padding with a constant. Channels that are padded on are channels of their own, made of that
+constant: as many of them stay as somebody needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demp_fx.channels.facts import Facts
+from demp_fx.channels.labels import along, varying
+from demp_fx.channels.stream import Rule, Stream
+from demp_fx.channels.value import Call
+
+Ends = dict[int, tuple[int, int]]  # by dim: how much is padded on before it, and behind it
+
+
+def pad(walk: Stream, call: Call) -> None:
+    """Padding of dims without channels leaves labels alone; on others, it makes channels."""
+    x, out, rank = call.args[0], call.outputs[0], call.args[0].dim()
+    amounts: list[int] = call.args[1]
+    ends: Ends = {
+        rank - 1 - k // 2: (n, amounts[k + 1]) for k, n in enumerate(amounts) if k % 2 == 0
+    }
+    ends = {d: both for d, both in ends.items() if any(both)}
+    labels, grown = [], set()
+    for label in walk.value(x).labels:
+        met = ends.keys() & set(varying(label))
+        d = next(iter(met), None)
+        if d is None:
+            labels.append(label)
+        elif varying(label) == (d,) and d not in grown and min(ends[d]) >= 0:
+            grown.add(d)
+            labels.append(_grown(walk, call, label, d, ends[d]))
+        else:
+            walk.pin(call, label, "padding adds channels")
+    fill: Any = call.arg("value") or 0.0
+    facts = walk.value(x).facts if walk.with_facts else None
+    if ends.keys() - grown:  # known in every place only where all are alike
+        facts = Facts.of(facts.zero, facts.values) if facts is not None and fill == 0.0 else None
+        if facts is not None and any(facts.known.size(d) > 1 for d in ends.keys() - grown):
+            facts = None
+    for d in grown if walk.with_facts else ():
+        facts = _with_ends(facts, x, d, ends[d], fill)
+    walk.give(out, tuple(labels), facts)
+
+
+def _grown(walk: Stream, call: Call, label: Tensor, dim: int, ends: tuple[int, int]) -> Tensor:
+    """A label with fresh atoms before and behind its own."""
+    before, behind = ends
+    fresh = walk.system.fresh(f"{call.site.node}.padding", -1, before + behind).atoms
+    atoms = torch.cat([fresh[:before], label.reshape(-1), fresh[before:]])
+    return along(atoms, label.dim(), dim)
+
+
+def _with_ends(
+    facts: Facts | None, x: Tensor, dim: int, ends: tuple[int, int], fill: float
+) -> Facts:
+    """What is known of a tensor with a constant before and behind it along `dim`."""
+    shape = [1] * x.dim()
+    if facts is None:
+        known = torch.zeros(shape, dtype=torch.bool)
+        facts = Facts(known, torch.zeros((2, *shape), dtype=torch.float64), known.long())
+    shape = list(facts.known.shape)
+    shape[dim] = x.size(dim)
+    widths = [0, 0] * (x.dim() - 1 - dim) + list(ends)
+
+    def padded(part: Tensor, value: Any) -> Tensor:
+        whole = part.expand(*part.shape[: part.dim() - x.dim()], *shape)
+        result: Tensor = torch.nn.functional.pad(whole, widths, value=value)
+        return result
+
+    return Facts(
+        padded(facts.known.long(), 1).bool(), padded(facts.values, fill), padded(facts.profile, 0)
+    )
+
+
+RULES: dict[str, Rule] = {"aten::constant_pad_nd": pad}

@@ -1,0 +1,91 @@
+"""Shortcuts without parameters: channels that are padded on are channels that may go, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import demp_fx
+from demp_fx.channels.cuts import Cuts
+
+ALIKE = ([], [], [0, 1, 14, 15])  # what is dead behind the stem, in the branch and on the stream
+SOME = ([0, 1, 2], [1, 3, 5, 7], [0, 1, 4, 5, 6, 12, 13])
+ALL = ([0, 1], [2], list(range(16)))
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], 16 - x.shape[1], x.shape[2], x.shape[3], dtype=x.dtype)
+
+
+SHORTCUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pad": lambda x: F.pad(x, (0, 0, 0, 0, 4, 4)),
+    "pad_by_name": lambda x: F.pad(x, pad=[0, 0, 0, 0, 0, 8], mode="constant", value=0),
+    "pad_in_space": lambda x: F.pad(x, (1, 0, 0, 1, 4, 4))[:, :, 1:, :-1],
+    "pad_up_to": lambda x: F.pad(x, (0, 0, 0, 0, 0, 16 - x.shape[1])),
+    "pad_ones": lambda x: F.pad(x, (0, 0, 0, 0, 4, 4), value=1.0),
+    "cat_zeros": lambda x: torch.cat([x, zeros(x)], 1),
+    "cat_new_zeros": lambda x: torch.cat((x, x.new_zeros(len(x), 8, x.size(2), x.size(3))), 1),
+}
+
+
+class Residual(nn.Module):
+    """Downsampling as in the first residual networks for CIFAR."""
+
+    def __init__(self, shortcut: Callable[[Tensor], Tensor], dead: tuple[list[int], ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.a, self.norm_a = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.norm_b = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.next, self.head, self.shortcut = nn.Conv2d(16, 16, 1), nn.Linear(16, 5), shortcut
+        with torch.no_grad():
+            for norm, channels in zip((self.norm, self.norm_a, self.norm_b), dead, strict=True):
+                norm.weight.uniform_(0.2, 1)
+                norm.weight[channels] = 0
+                norm.bias[channels] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        branch = self.norm_b(self.b(self.norm_a(self.a(x)).relu()))
+        x = (branch + self.shortcut(F.avg_pool2d(x, 2))).relu()
+        logits: Tensor = self.head(self.next(x).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("cuts", ["never", "pays", "always"])
+@pytest.mark.parametrize("dead", [ALIKE, SOME, ALL])
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_the_function_is_kept(name: str, dead: tuple[list[int], ...], cuts: Cuts) -> None:
+    model = Residual(SHORTCUTS[name], dead)
+    result = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double(), cuts=cuts)
+    assert result.report.verification is not None
+    assert result.report.verification.eval_error < 1e-12
+    x = torch.randn(3, 3, 12, 12).double()
+    torch.testing.assert_close(result.module.eval()(x), model.eval()(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["pad", "pad_in_space"])
+def test_what_is_padded_on_goes_with_the_stream(name: str) -> None:
+    """Four channels are padded on at each end: of those, two are dead in the branch as well."""
+    model = Residual(SHORTCUTS[name], ALIKE)
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double(), cuts="never").module
+    assert narrow.get_parameter("norm_b.weight").shape == (12,)
+    assert narrow.get_parameter("next.weight").shape[1] == 12
+
+
+@pytest.mark.parametrize("name", ["cat_zeros", "cat_new_zeros", "pad_up_to"])
+def test_so_it_does_behind_it(name: str) -> None:
+    model = Residual(SHORTCUTS[name], ALIKE)
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double(), cuts="never").module
+    assert narrow.get_parameter("norm_b.weight").shape == (14,)
+
+
+def test_ones_that_are_padded_on_are_folded() -> None:
+    model = Residual(SHORTCUTS["pad_ones"], ALL)
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double(), cuts="never").module
+    assert narrow.get_parameter("next.weight").shape[1] < 9
