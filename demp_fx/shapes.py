@@ -3,13 +3,14 @@ decompositions in Python, takes up to a millisecond an op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+ALIGNED = 16  # bytes: the kernel of rows times one of several matrices takes no other strides
 Shape = Callable[[tuple[Any, ...]], Any]  # the arguments of an op -> its result, on meta
 
 
@@ -97,6 +98,16 @@ def _product(op: torch._ops.OpOverload, left: int) -> Shape:
     return shape
 
 
+def _grouped_product(args: tuple[Any, ...]) -> Tensor:
+    """Rows, each multiplied with one of several matrices: torch knows no float32 of it on meta."""
+    x, weights = args[:2]
+    if x.dim() != 2 or weights.dim() != 3 or x.size(1) != weights.size(1):
+        raise RuntimeError(f"no rows for {tuple(weights.shape)} matrices: {tuple(x.shape)}")
+    if any(n * x.element_size() % ALIGNED for n in weights.shape[1:]):
+        raise RuntimeError(f"strides should be multiples of {ALIGNED} bytes")
+    return torch.empty((x.size(0), weights.size(2)), dtype=x.dtype, device="meta")
+
+
 def _cat(args: tuple[Any, ...]) -> Tensor:
     """The sizes of a join, without the long way through its decomposition."""
     tensors, dim = args[0], args[1] if len(args) > 1 else 0
@@ -180,4 +191,14 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
+    aten._grouped_mm.default: _grouped_product,
 }  # fmt: skip
+# Of these, arguments by name change nothing about the shape.
+_OPTIONS = {aten._grouped_mm.default}
+
+
+def shape_of(
+    op: Any, shapes: Mapping[Any, Shape], kwargs: Mapping[str, Any] | None
+) -> Shape | None:
+    """The shortcut for a call of an op, if there is one."""
+    return shapes.get(op) if not kwargs or op in _OPTIONS else None

@@ -72,3 +72,40 @@ def test_channels_that_no_expert_needs_are_gone(way: Way) -> None:
     assert result.report.verification.eval_error < 1e-12
     assert result.module.get_parameter("up").shape == (EXPERTS, WIDTH - 5, HIDDEN - 6)
     assert result.module.get_parameter("down").shape == (EXPERTS, HIDDEN - 6, WIDTH)
+
+
+def by_groups(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The tokens of each expert beside each other; the kernel takes widths of whole 16 bytes."""
+    weight, index = gate.max(-1)
+    index, order = index.sort()
+    ends = torch.histc(index.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    ends = ends.cumsum(0, dtype=torch.int32)
+    h = torch._grouped_mm(x[order], up, offs=ends).relu()
+    y = torch._grouped_mm(h, down, offs=ends)
+    return y[order.argsort()] * weight[:, None]
+
+
+def test_groups_keep_widths_that_their_kernel_takes() -> None:
+    model, x = Mixture(by_groups), torch.randn(5, 6)
+    result = demp_fx.compile(model, x)
+    assert result.report.opaque == {}
+    assert result.module.get_parameter("up").shape == (EXPERTS, 12, 8)  # 11 and 6 are needed
+    assert result.module.get_parameter("down").shape == (EXPERTS, 8, WIDTH)
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(result.module(x), model(x))
+
+
+def test_code_that_asks_for_the_device_gets_the_models() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(6, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.make(x)
+            kind = h.device.type
+            result: Tensor = self.read(h.relu() if kind == "cpu" and not h.is_cuda else -h)
+            return result
+
+    model, x = Asks(), torch.randn(3, 6)
+    torch.testing.assert_close(demp_fx.trace(model, x)(x), model(x))

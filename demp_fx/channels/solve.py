@@ -174,6 +174,7 @@ class Solver:
         self.carried = carried(system, self.folds, self.number)
         links = ((link.rows.numpy(), link.gate.numpy()) for link in system.links)
         self.links = [(self.number[rows], self.number[gate]) for rows, gate in links]
+        self.multiples = [(self.number[m.atoms.numpy()], m.of) for m in system.multiples]
         blocks = (self.number[block.atoms.numpy()] for block in system.blocks)
         # the same ones are met by every op on their way
         self.blocks = list({(b.shape, b.tobytes()): b for b in blocks}.values())
@@ -263,7 +264,8 @@ class Solver:
         return found
 
     def _complete(self, draft: _Draft) -> bool:
-        """Make blocks equal, and let the rows of a link survive with their gate."""
+        """Make blocks equal and axes as long as kernels take them, and let the rows of a link
+        survive with their gate."""
         found = False
         for rows, gate in self.links:
             alive, kept = draft.kept(rows).any(1), draft.kept(gate)
@@ -271,6 +273,9 @@ class Solver:
             found |= draft.add(rows[kept & ~alive][:, 0])
         for block in self.blocks:
             found |= draft.add(block[fillers(draft.kept(block))])
+        for atoms, of in self.multiples:
+            there = draft.kept(atoms)
+            found |= draft.add(atoms[~there][: -int(there.sum()) % of])
         return found
 
     def _carry(self, draft: _Draft) -> bool:

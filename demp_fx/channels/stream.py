@@ -22,7 +22,7 @@ from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write, memory_of
 from demp_fx.errors import DempError
-from demp_fx.shapes import Shape
+from demp_fx.shapes import Shape, shape_of
 from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.source import first_line
 
@@ -83,9 +83,9 @@ class Stream(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        shape = self.shapes.get(func)
+        shape = shape_of(func, self.shapes, kwargs)
         try:
-            out = func(*args, **kwargs) if shape is None or kwargs else shape(args)
+            out = func(*args, **kwargs) if shape is None else shape(args)
         except NotImplementedError:
             out = on_zeros(func, *self._with_masks(args, kwargs))
         except RuntimeError:  # a tensor that the model's code made of its own

@@ -134,6 +134,14 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Multiple:
+    """An axis of which a kernel takes a multiple of `of` channels only."""
+
+    atoms: Tensor
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grouping:
     """The weight of a grouped convolution: dim 0 in blocks `first` (G, n), of which block g has
     the channels `second[g]` (G, m) on dim 1.
@@ -204,6 +212,7 @@ class System:
     work: list[Work] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
+    multiples: list[Multiple] = field(default_factory=list)
     groupings: list[Grouping] = field(default_factory=list)
     whole: set[tuple[int, int]] = field(default_factory=set)
     ties: tuple[Tensor, Tensor] = (torch.zeros(0, dtype=torch.int64),) * 2
@@ -267,7 +276,7 @@ class System:
     @property
     def _lists(self) -> tuple[list[Any], ...]:
         return (self.sames, self.pins, self.flow, self.traffic, self.blocks, self.links,
-                self.groupings, self.work)  # fmt: skip
+                self.multiples, self.groupings, self.work)  # fmt: skip
 
     def mark(self) -> Mark:
         """How much has been recorded so far."""

@@ -18,7 +18,7 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from demp_fx.shapes import SHAPES
+from demp_fx.shapes import SHAPES, shape_of
 
 _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
 
@@ -30,6 +30,10 @@ NUMBERS = {"item": "", "tolist": "", "numpy": "", "repeat_interleave": "output_s
 
 # How many dims a tensor has is a plain number, for code that looks things up by it.
 RANK = {"ndim", "dim", "ndimension"}
+
+
+# How code asks a tensor for the kind of its device.
+_IS_ON = {"is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta"}
 
 
 class Unknown:
@@ -77,7 +81,7 @@ class _Shortcuts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        shape = None if kwargs else SHAPES.get(func)
+        shape = shape_of(func, SHAPES, kwargs)
         if shape is None or not all(a.is_meta for a in args if isinstance(a, Tensor)):
             return func(*args, **(kwargs or {}))
         return shape(args)
@@ -105,6 +109,7 @@ class Values(fx.Interpreter):
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.modes, self.flags, self.state = modes, flags, state
         self.training = {flag.target: modes[module] for module, flag in flags.items()}
+        self.device = next((t.device for t in state.values()), torch.device("cpu"))
         self.busy = False  # modules run for real: nothing is to be recorded
         self.tried: set[fx.Node] = set()
 
@@ -161,6 +166,15 @@ class Values(fx.Interpreter):
             return self.training[target]
         value = self.state.get(target)
         return on_meta(super().get_attr(target, args, kwargs) if value is None else value)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is getattr:  # code may go another way for each kind of device
+            given, name = args[:2]
+            if isinstance(given, torch.device) and given.type == "meta":
+                return getattr(self.device, name)
+            if isinstance(given, Tensor) and name in _IS_ON:
+                return self.device.type == name.removeprefix("is_")
+        return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)

@@ -13,8 +13,9 @@ from demp_fx.channels.labels import along, moved, varying
 from demp_fx.channels.rules.known import constants, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Fold, Read
+from demp_fx.channels.system import Fold, Multiple, Read
 from demp_fx.channels.value import Call
+from demp_fx.shapes import ALIGNED
 
 aten = torch.ops.aten
 
@@ -237,6 +238,20 @@ def _name(walk: Stream, tensor: Tensor | None) -> str | None:
     return axis.owner if axis is not None and axis.owner in walk.params else None
 
 
+def experts(walk: Stream, call: Call) -> None:
+    """Rows, each multiplied with the weight of one of several experts: which, is not known."""
+    x, weights = call.tensors[:2]
+    if (x.dim(), weights.dim()) != (2, 3) or call.arg("bias") is not None:
+        walk.leave(call, "multiplies groups of its own")
+        return
+    for label in Operand(weights, "ekn").labels(walk, "e"):
+        walk.pin(call, label, "any of the experts may be chosen")
+    a, b = Operand(x, "tk"), Operand(weights, "ekn")
+    for label in (*b.labels(walk, "k"), *b.labels(walk, "n")):
+        walk.system.multiples.append(Multiple(label.reshape(-1), ALIGNED // x.element_size()))
+    meet(walk, call, a, b, "tn", None, padded=True, macs=x.numel() * weights.size(2))
+
+
 RULES: dict[str, Rule] = {
     "aten::mm": contract("ik,kj->ij"),
     "aten::addmm": contract("ik,kj->ij", bias="self"),
@@ -244,4 +259,6 @@ RULES: dict[str, Rule] = {
     "aten::baddbmm": contract("nik,nkj->nij", bias="self"),
     "aten::mv": contract("ik,k->i"),
     "aten::dot": contract("k,k->"),
+    "aten::_grouped_mm": experts,
+    "transformers::grouped_mm_fallback": experts,
 }
