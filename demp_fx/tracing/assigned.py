@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
+from demp_fx.tracing.proxies import Flag
 from demp_fx.tracing.source import quoted
-from demp_fx.tracing.values import Flag
 
 if TYPE_CHECKING:
     from demp_fx.tracing.tracer import Tracer

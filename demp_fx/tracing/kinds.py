@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from demp_fx.tracing.values import KnownAttribute, KnownProxy, TensorProxy
+from demp_fx.tracing.proxies import KnownAttribute, KnownProxy, TensorProxy
 
 _is_a = isinstance
 _FOR_OTHERS = {"torch._jit_internal"}  # where torch asks on behalf of a model's code

@@ -38,14 +38,12 @@ from demp_fx.tracing.functions import (
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.preserve import preserved
+from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line
 from demp_fx.tracing.values import (
     NUMBERS,
-    Flag,
-    KnownProxy,
-    TensorProxy,
     Values,
     named_state,
     needs_numbers,

@@ -1,36 +1,24 @@
-"""What is known of a graph's values while it is traced, and the proxies that let Python ask."""
+"""What is known of a graph's values while it is traced."""
 
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
-import operator
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.shapes import SHAPES, shape_of
 
-_UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
-
-
 # What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone,
 # unless the size is given by this name, or behind a number.
 NUMBERS = {"item": "", "tolist": "", "numpy": "", "repeat_interleave": "output_size",
            "one_hot": "num_classes"}  # fmt: skip
-
-# How many dims a tensor has is a plain number, for code that looks things up by it.
-RANK = {"ndim", "dim", "ndimension"}
-
 
 # How code asks a tensor for the kind of its device.
 _IS_ON = {"is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta"}
@@ -103,7 +91,7 @@ class Values(fx.Interpreter):
         root: nn.Module,
         graph: fx.Graph,
         modes: Mapping[nn.Module, bool],
-        flags: Mapping[nn.Module, Flag],
+        flags: Mapping[nn.Module, Any],
         state: Mapping[str, Tensor],
     ) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
@@ -202,95 +190,6 @@ def _filled(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any)
     if sizes[0] != sizes[1]:
         raise TypeError("its sizes depend on numbers")
     return found[0]
-
-
-class _Known:
-    """Sizes known from the example inputs may steer Python; assignment to items is recorded."""
-
-    tracer: Any
-    __array_priority__ = Tensor.__array_priority__  # numpy's numbers let it do the arithmetic
-
-    def known(self) -> Any:
-        """Its value, or `UNKNOWN`; asking leaves no trace."""
-        return self.tracer.values.of(self)
-
-    def __array__(self, *dtype: Any, **_copy: Any) -> Any:
-        return np.asarray(self.tracer.decided(self), *dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # a protocol of somebody's own, such as numpy's
-            raise AttributeError(name)
-        if name in RANK and isinstance(value := self.known(), Tensor):
-            return getattr(value, name)
-        return self.tracer.lend(KnownAttribute(self, name))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return int(self.tracer.length(self))
-
-    def __iter__(self) -> Iterator[Any]:
-        """As many items as the caller unpacks, in `a, b = proxy`, or else as many as there are.
-        torch.fx finds this out by disassembling all of the caller."""
-        frame = sys._getframe(1)
-        code, place = frame.f_code.co_code, frame.f_lasti
-        if code[place] != _UNPACK:
-            items: Iterator[Any] = self.tracer.iter(self)
-            return items
-        count = code[place + 1]
-        if code[place - 2] == _EXTENDED:
-            count += code[place - 1] << 8
-        return (self[i] for i in range(count))  # type: ignore[index]
-
-    def __index__(self) -> int:
-        return operator.index(self.tracer.decided(self))
-
-    def __int__(self) -> int:
-        return int(self.tracer.decided(self))
-
-    def __float__(self) -> float:
-        return float(self.tracer.decided(self))
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-class KnownProxy(_Known, fx.Proxy):
-    """The proxy of a node."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`x() if callable(x) else x`: any proxy can be called, not all that they stand for."""
-        value = UNKNOWN if args or kwargs else self.tracer.values.of(self)
-        plain = isinstance(value, (Tensor, bool, int, float))
-        return self if plain else fx.Proxy.__call__(self, *args, **kwargs)
-
-
-class KnownAttribute(_Known, Attribute):
-    """The proxy of an attribute of a proxy; a node only where it is not called as a method."""
-
-    def known(self) -> Any:
-        return getattr(self.root.known(), self.attr, UNKNOWN)
-
-
-class TensorProxy(KnownProxy):
-    """A parameter or buffer; its sizes are plain numbers."""
-
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
-        super().__init__(node, tracer)
-        self.shape, self.ndim = tensor.shape, tensor.ndim
-        self.size, self.dim, self.numel = tensor.size, tensor.dim, tensor.numel
-
-
-class Flag(KnownProxy):
-    """`module.training`: a node of its own from its first use on."""
-
-    def __init__(self, tracer: fx.Tracer, target: str) -> None:
-        self.tracer, self.target = tracer, target
-        self._node: fx.Node | None = None
-
-    @property
-    def node(self) -> fx.Node:  # type: ignore[override]
-        if self._node is None or self._node._erased:
-            self._node = self.tracer.create_node("get_attr", self.target, (), {})
-        return self._node
 
 
 def needs_numbers(name: str, args: Any, kwargs: Any, values: Values) -> bool:
