@@ -1,10 +1,15 @@
-"""What a node of a graph calls."""
+"""What a node of a graph calls, and what of that makes tensors of sizes that the code names."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
+
+# From the first argument on, and behind the tensor that they are made like.
+MADE: set[Any] = {torch.zeros, torch.ones, torch.full}
+MADE_LIKE: set[Any] = {"expand", torch.ops.aten.expand.default, "new_zeros", "new_ones", "new_full"}
 
 
 def called(node: fx.Node) -> Any:

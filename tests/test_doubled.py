@@ -77,38 +77,31 @@ def test_who_writes_into_a_weight_is_given_a_copy() -> None:
     assert torch.equal(module.weight, before)
 
 
+class _WithConstant(nn.Module):
+    """A fourth of the channels is dead; `constant` computes with what it makes anew each time."""
+
+    def __init__(self, constant: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.make, self.read, self.constant = nn.Linear(12, 8), nn.Linear(width, 2), constant
+        with torch.no_grad():
+            self.make.weight[:2] = self.make.bias[:2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.read(self.constant(self.make(x)))
+        return result
+
+
 def test_constants_made_in_forward_are_converted() -> None:
-    class Pooled(nn.Module):
-        """Code under `tensordot` asks both sides for one dtype."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.make, self.read = nn.Linear(12, 8), nn.Linear(3, 2)
-            with torch.no_grad():
-                self.make.weight[:2] = self.make.bias[:2] = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.read(torch.tensordot(self.make(x), torch.ones(8, 3), dims=([1], [0])))
-
-    result = demp_fx.compile(Pooled(), torch.randn(4, 12))
+    """Code under `tensordot` asks both sides for one dtype."""
+    model = _WithConstant(lambda x: torch.tensordot(x, torch.ones(8, 3), dims=([1], [0])), 3)
+    result = demp_fx.compile(model, torch.randn(4, 12))
     assert result.report.verification.eval_error < 1e-14
     assert result.module.make.weight.shape == (6, 12)
 
 
 def test_a_constant_of_a_coarser_dtype_is_no_difference() -> None:
-    class Windowed(nn.Module):
-        """A window that the original makes in float32, or in float64 while it is compared."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.make, self.read = nn.Linear(12, 8), nn.Linear(8, 2)
-            with torch.no_grad():
-                self.make.weight[:2] = self.make.bias[:2] = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.read(self.make(x * torch.hann_window(12).to(x)).relu())
-            return result
-
-    result = demp_fx.compile(Windowed().double(), torch.randn(4, 12).double())
+    """A window that the original makes in float32, or in float64 while it is compared."""
+    model = _WithConstant(lambda x: x * torch.hann_window(5)[1:2].to(x), 8).double()
+    result = demp_fx.compile(model, torch.randn(4, 12).double())
     assert 1e-9 < result.report.verification.eval_error < 1e-6
     assert result.module.make.weight.shape == (6, 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -85,6 +86,26 @@ def by_groups(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return y[order.argsort()] * weight[:, None]
 
 
+def by_groups_of_any_width(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The same, where that kernel is not to be had."""
+    weight, index = gate.max(-1)
+    index, order = index.sort()
+    ends = torch.histc(index.to(x.dtype), bins=EXPERTS, min=0, max=EXPERTS - 1).cumsum(0).int()
+    multiplied = torch.ops.transformers.grouped_mm_fallback
+    y = multiplied(multiplied(x[order], up, ends).relu(), down, ends)
+    result: Tensor = y[order.argsort()] * weight[:, None]
+    return result
+
+
+def test_groups_that_are_multiplied_by_transformers() -> None:
+    importlib.import_module("transformers.integrations.moe")  # which defines the op
+    model, x = Mixture(by_groups_of_any_width).double(), torch.randn(5, 6).double()
+    narrow = demp_fx.compile(model, x).module
+    assert narrow.get_parameter("up").shape == (EXPERTS, WIDTH - 5, HIDDEN - 6)
+    x = torch.randn(9, 6).double()
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_groups_keep_widths_that_their_kernel_takes() -> None:
     model, x = Mixture(by_groups), torch.randn(5, 6)
     result = demp_fx.compile(model, x)
@@ -93,19 +114,3 @@ def test_groups_keep_widths_that_their_kernel_takes() -> None:
     assert result.module.get_parameter("down").shape == (EXPERTS, 8, WIDTH)
     x = torch.randn(9, 6)
     torch.testing.assert_close(result.module(x), model(x))
-
-
-def test_code_that_asks_for_the_device_gets_the_models() -> None:
-    class Asks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.make, self.read = nn.Linear(6, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.make(x)
-            kind = h.device.type
-            result: Tensor = self.read(h.relu() if kind == "cpu" and not h.is_cuda else -h)
-            return result
-
-    model, x = Asks(), torch.randn(3, 6)
-    torch.testing.assert_close(demp_fx.trace(model, x)(x), model(x))

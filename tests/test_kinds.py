@@ -168,3 +168,19 @@ def test_a_cache_of_shapes_does_not_keep_the_model() -> None:
     model = None
     gc.collect()
     assert kept() is None
+
+
+def test_code_that_asks_for_the_device_gets_the_models() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(6, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.make(x)
+            kind = h.device.type
+            result: Tensor = self.read(h.relu() if kind == "cpu" and not h.is_cuda else -h)
+            return result
+
+    model, x = Asks(), torch.randn(3, 6)
+    torch.testing.assert_close(demp_fx.trace(model, x)(x), model(x))

@@ -162,9 +162,22 @@ def test_a_region_in_which_nothing_happens_is_gone() -> None:
         )
 
 
-def test_movements_that_go_on_behind_a_region_are_no_selection() -> None:
+def partly_in_a_region(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = h.relu().view(-1, 2, 4)
+    return h.transpose(1, 2)
+
+
+def around_a_detach(h: Tensor) -> Tensor:
+    return h.view(-1, 2, 4).detach().transpose(1, 2)
+
+
+@pytest.mark.parametrize("move", [partly_in_a_region, around_a_detach])
+def test_where_the_gradient_ends_on_the_way_movements_are_no_selection(
+    move: Callable[[Tensor], Tensor],
+) -> None:
     class Swaps(nn.Module):
-        """Channels change places, partly in the region: what comes before it gets no gradient."""
+        """Channels change places, and what comes before gets no gradient."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -173,30 +186,10 @@ def test_movements_that_go_on_behind_a_region_are_no_selection() -> None:
                 self.make.weight[[1, 2]] = self.make.bias[[1, 2]] = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.make(x).relu()
-            with torch.no_grad():
-                h = h.view(-1, 2, 4)
-            return self.read(h.transpose(1, 2).reshape(-1, 8))
+            return self.read(move(self.make(x)).reshape(-1, 8))
 
     model = Swaps()
     narrow = demp_fx.compile(model, X).module
     torch.testing.assert_close(narrow(X), model(X))
     assert effects(narrow, training=True) == effects(model, training=True)
-
-
-def test_movements_around_a_detach_keep_it() -> None:
-    class Swaps(nn.Module):
-        """Channels change places, behind which no gradient passes."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.make, self.read = nn.Linear(6, 8), nn.Linear(8, 3)
-            with torch.no_grad():
-                self.make.weight[[1, 2]] = self.make.bias[[1, 2]] = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            apart = self.make(x).view(-1, 2, 4).detach().transpose(1, 2)
-            return self.read(apart.reshape(-1, 8))
-
-    narrow = demp_fx.compile(Swaps(), X).module
     assert effects(narrow, training=True)[1] == {"read.weight", "read.bias"}

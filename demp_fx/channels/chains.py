@@ -31,15 +31,11 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """A node that is `source.index_select(dim, index)`, by the movements `path`; `broken` as in its
-    chain."""
+class Selection(Chain):
+    """A chain whose last node is `source.index_select(dim, index)`."""
 
-    source: fx.Node
     dim: int
     index: Tensor
-    path: tuple[fx.Node, ...]
-    broken: Labels
 
 
 class Chains:
@@ -88,7 +84,7 @@ class Chains:
             return None
         if not isinstance(result, Tensor) or result.dim() != source.dim():
             return None
-        if not result.requires_grad:
+        if not result.requires_grad:  # behind a detach
             return None
         places, result = places.detach().long(), result.detach().long()
         for dim in dims:
@@ -98,7 +94,7 @@ class Chains:
             line = result.permute(dim, *rest).reshape(result.size(dim), -1)[:, 0]
             index = line // places.stride(dim) % source.size(dim)
             if torch.equal(places.index_select(dim, index), result):
-                return Selection(chain.source, dim, index, chain.path, chain.broken)
+                return Selection(chain.source, chain.path, chain.broken, dim, index)
         return None
 
     def _run(self, chain: Chain, value: Any) -> Any:

@@ -6,11 +6,13 @@ in eval mode and to its bias in train mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from demp_fx.channels.labels import beside
 
 EVAL, TRAIN = 0, 1
 _ZERO = torch.zeros((), dtype=torch.float64)
@@ -133,6 +135,26 @@ def same_place(facts: list[Facts]) -> list[Facts]:
     facts = [f.aligned(rank) for f in facts]
     shape = torch.broadcast_shapes(*(f.known.shape for f in facts))
     return [f.map(lambda t: t.expand(shape)) for f in facts]
+
+
+def unknown(rank: int) -> Facts:
+    """Facts of a tensor of which nothing is known."""
+    blank = torch.zeros((1,) * rank)
+    return Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
+
+
+def joined(
+    found: Sequence[Facts | None], sizes: Sequence[int], rank: int, dim: int
+) -> Facts | None:
+    """The facts of tensors in a row, of these `sizes` along `dim`."""
+    if all(f is None for f in found):
+        return None
+    filled = [unknown(rank) if f is None else f.aligned(rank) for f in found]
+    known, evaluated, trained, profile = (
+        beside(parts, sizes, dim)
+        for parts in zip(*((f.known, *f.values, f.profile) for f in filled), strict=True)
+    )
+    return Facts(known, torch.stack([evaluated, trained]), profile)
 
 
 def in_each_mode(evaluated: Facts | None, trained: Facts | None) -> Facts | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Labels = tuple[Tensor, ...]
@@ -38,6 +39,15 @@ def repeats(label: Tensor) -> bool:
     """Whether channels are merged with another axis: where they are then depends on its size."""
     atoms = label.reshape(-1).numpy()
     return not (atoms[1:] > atoms[:-1]).all() and np.unique(atoms).size < atoms.size
+
+
+def beside(pieces: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
+    """What broadcasts to tensors of these `sizes` along `dim`, for all of them in a row."""
+    shape = [max(p.size(d) for p in pieces) for d in range(pieces[0].dim())]
+    full = [
+        p.expand(*shape[:dim], n, *shape[dim + 1 :]) for p, n in zip(pieces, sizes, strict=True)
+    ]
+    return torch.cat(full, dim)
 
 
 def along(atoms: Tensor, rank: int, dim: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from demp_fx.calls import called
+from demp_fx.calls import MADE, MADE_LIKE, called
 from demp_fx.channels.averages import takes_average
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
@@ -41,9 +41,6 @@ from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.regions import is_end
 from demp_fx.trees import tensors_of
 
-# What may have as many channels as it meets: its sizes are rewritten (passes/resize.py).
-EXPANDS = {"expand", torch.ops.aten.expand.default, "new_zeros", "new_ones", "new_full",
-           torch.zeros, torch.ones, torch.full}  # fmt: skip
 FULL = {"new_full", torch.full}
 
 
@@ -208,7 +205,7 @@ class Walk(Places):
         leaves = pytree.tree_leaves((node.args, node.kwargs))
         numbers = (self.env[a] if isinstance(a, fx.Node) else a for a in leaves)
         literal = any(isinstance(n, int) and n > 1 for n in numbers)
-        self.follows = called(node) in EXPANDS or not literal
+        self.follows = called(node) in MADE | MADE_LIKE or not literal
         self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)

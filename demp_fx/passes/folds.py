@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def foldings(read: Read, facts: Facts, solution: Solution) -> list[Folding]:
     if bool(light.any()):
         values = facts.values[0, light].tolist()
         found.append(
-            Folding(weight=fold.weight, dim=fold.dim, dropped=_numbers(light),
+            Folding(weight=fold.weight, dim=fold.dim, dropped=indices(light),
                     bias=fold.bias, values=values)
         )  # fmt: skip
     rest = gone & ~light
@@ -37,14 +38,15 @@ def foldings(read: Read, facts: Facts, solution: Solution) -> list[Folding]:
         carriers = _basis(facts.values, stay)
         mix = torch.linalg.pinv(facts.values[:, carriers]) @ facts.values[:, here]
         found.append(
-            Folding(weight=fold.weight, dim=fold.dim, dropped=_numbers(here),
+            Folding(weight=fold.weight, dim=fold.dim, dropped=indices(here),
                     carriers=carriers, mix=mix.tolist())
         )  # fmt: skip
     return found
 
 
-def _numbers(mask: Tensor) -> list[int]:
-    found: list[int] = mask.nonzero().reshape(-1).tolist()
+def indices(mask: Tensor) -> list[int]:
+    """Where a mask is true."""
+    found: list[int] = np.flatnonzero(mask.numpy()).tolist()
     return found
 
 

@@ -21,7 +21,7 @@ from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Edge
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
-from demp_fx.passes.folds import foldings
+from demp_fx.passes.folds import foldings, indices
 from demp_fx.passes.plan import (
     Frozen,
     Gather,
@@ -120,11 +120,11 @@ class _Planner:
                     Regroup(
                         producer=grouping.weight, consumer=grouping.consumer,
                         rank=self.rank_of(grouping.weight), filters=filters,
-                        index=[_indices(mask) for mask in second[alive]],
+                        index=[indices(mask) for mask in second[alive]],
                     )
                 )  # fmt: skip
             else:
-                plan.grouped[grouping.weight] = [_indices(mask) for mask in second[alive]]
+                plan.grouped[grouping.weight] = [indices(mask) for mask in second[alive]]
                 value = self.walk.params[grouping.weight].data
                 assert value is not None
                 plan.shapes[grouping.weight] = list(value.shape)
@@ -239,7 +239,7 @@ class _Planner:
                     node=node.name, producer=end.source.name, dim=end.dim, index=rank.tolist(),
                     path=[n.name for n in end.path if n in self.dropped],
                     rank=self.walk.env[node].dim(), size=int(kept.sum()), shift=shift,
-                    places=None if bool(there.all()) else _indices(there),
+                    places=None if bool(there.all()) else indices(there),
                 )
             )  # fmt: skip
         return found
@@ -278,7 +278,7 @@ class _Planner:
         for (producer, consumer, dim), want in wanted.items():
             layout = layouts[producer, dim]
             if not torch.equal(layout, want):
-                index = _indices(want[layout])
+                index = indices(want[layout])
                 plan.gathers.append(
                     Gather(producer=producer, consumer=consumer, dim=dim, index=index)
                 )
@@ -320,7 +320,7 @@ class _Planner:
         return [
             Spread(
                 producer=edge.producer, consumer=node.name, dim=edge.dim,
-                rank=self.rank_of(edge.producer), size=own.numel(), places=_indices(own),
+                rank=self.rank_of(edge.producer), size=own.numel(), places=indices(own),
                 shift=shift.tolist() if bool((shift != 0).any()) else None,
             )
         ]  # fmt: skip
@@ -343,7 +343,7 @@ class _Planner:
         shift = torch.zeros(int(total.sum()), dtype=torch.float64)
         for edge in (left, right):
             own = kept(edge.source)
-            places.append(None if bool(own[total].all()) else _indices(own[total]))
+            places.append(None if bool(own[total].all()) else indices(own[total]))
             if edge.facts is not None:
                 shift += torch.where(own, 0.0, edge.facts.values[0])[total]
         if places == [None, None]:
@@ -360,8 +360,3 @@ class _Planner:
 def _mask(masks: Masks, tensor: Tensor, dim: int) -> Tensor:
     found = masks.get(dim)
     return torch.ones(tensor.size(dim), dtype=torch.bool) if found is None else found
-
-
-def _indices(mask: Tensor) -> list[int]:
-    found: list[int] = np.flatnonzero(mask.numpy()).tolist()
-    return found

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import called
+from demp_fx.calls import MADE, MADE_LIKE, called
 from demp_fx.errors import DempError
 from demp_fx.passes.plan import Literal
 
@@ -350,8 +350,8 @@ F = torch.nn.functional
 aten = torch.ops.aten
 ROWS: dict[Any, Row] = {
     **dict.fromkeys(("view", "reshape", torch.reshape), _shape),
-    **dict.fromkeys(("expand", "new_zeros", "new_ones", "new_full"), _made_like),
-    **dict.fromkeys((torch.zeros, torch.ones, torch.full), _made),
+    **dict.fromkeys(MADE, _made),
+    **dict.fromkeys(MADE_LIKE, _made_like),
     **dict.fromkeys(("split", "split_with_sizes", torch.split, torch.split_with_sizes), _split),
     **dict.fromkeys(("chunk", torch.chunk), _chunk),
     **dict.fromkeys(("narrow", torch.narrow), _narrow),
@@ -364,7 +364,6 @@ ROWS: dict[Any, Row] = {
     F.scaled_dot_product_attention: _attention,
     # the same, as torch.export writes them
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), _shape),
-    aten.expand.default: _made_like,
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     aten.split_with_sizes.default: _split,
     aten.split.Tensor: _split_evenly,

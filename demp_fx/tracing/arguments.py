@@ -28,18 +28,18 @@ _PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KE
 
 
 def in_place(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of torch's own code, none of which has been given by its place."""
-    if args or not kwargs or not str(getattr(function, "__module__", None)).startswith("torch"):
-        return args, kwargs
+    """The arguments of a call of torch's own code, all of which have been given by name."""
+    if not str(getattr(function, "__module__", None)).startswith("torch"):
+        return (), kwargs
     for parameters in _signatures(function):
         if kwargs.keys() <= parameters.keys():
             placed = (n for n, p in parameters.items() if p.kind in _PLACED and n != "self")
             names = list(itertools.takewhile(kwargs.__contains__, placed))
             rest = {name: value for name, value in kwargs.items() if name not in names}
             return tuple(kwargs[name] for name in names), rest
-    return args, kwargs
+    return (), kwargs
 
 
 @functools.cache

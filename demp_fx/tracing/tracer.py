@@ -224,10 +224,10 @@ class Tracer(Decisions):
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
     ) -> Any:
         target, args = spelled_out(target, args, self.values)
-        if kind == "call_function":
-            args, kwargs = in_place(target, args, kwargs)
-        elif kind == "call_module":
-            args, kwargs = in_place(type(self.root.get_submodule(target)).forward, args, kwargs)
+        if kwargs and not args and kind in ("call_function", "call_module"):
+            layer = kind == "call_module"
+            runs = type(self.root.get_submodule(target)).forward if layer else target
+            args, kwargs = in_place(runs, kwargs)
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
             raise TypeError(f"{name} needs the numbers in a tensor")

@@ -247,7 +247,8 @@ def experts(walk: Stream, call: Call) -> None:
     for label in Operand(weights, "ekn").labels(walk, "e"):
         walk.pin(call, label, "any of the experts may be chosen")
     a, b = Operand(x, "tk"), Operand(weights, "ekn")
-    for label in (*b.labels(walk, "k"), *b.labels(walk, "n")):
+    aligned = call.op._schema.name == "aten::_grouped_mm"
+    for label in (*b.labels(walk, "k"), *b.labels(walk, "n")) if aligned else ():
         walk.system.multiples.append(Multiple(label.reshape(-1), ALIGNED // x.element_size()))
     meet(walk, call, a, b, "tn", None, padded=True, macs=x.numel() * weights.size(2))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import rows_of
-from demp_fx.channels.facts import Facts, same_place
-from demp_fx.channels.labels import along, varying
+from demp_fx.channels.facts import Facts, joined, same_place, unknown
+from demp_fx.channels.labels import along, beside, varying
 from demp_fx.channels.rules.move import compressed
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -27,11 +25,11 @@ def cat(walk: Stream, call: Call) -> None:
         for label, key in zip(found, keys, strict=True):
             if keys.count(key) > 1:
                 walk.pin(call, label, "is joined with channels of another axis merged in")
-    labels = []
+    labels, sizes = [], [t.size(dim) for t in tensors]
     for key in sorted({varying(label) for found in given for label in found}):
         pieces = [_piece(found, key, out.dim()) for found in given]
         if dim in key:
-            labels.append(_join(pieces, tensors, dim))
+            labels.append(beside(pieces, sizes, dim))
             if len(key) > 1:
                 _same_rows(walk, call, pieces, tuple(d for d in key if d != dim))
             continue
@@ -42,7 +40,8 @@ def cat(walk: Stream, call: Call) -> None:
             else:
                 walk.system.same(full[0], p, call.site)
         labels.append(full[0])
-    facts = _joined_facts(walk, tensors, dim) if walk.with_facts else None
+    known = [walk.value(t).facts for t in tensors] if walk.with_facts else []
+    facts = joined(known, sizes, out.dim(), dim)
     walk.give(out, tuple(labels), facts)
 
 
@@ -116,45 +115,15 @@ def _piece(labels: list[Tensor], key: tuple[int, ...], rank: int) -> Tensor:
     return torch.zeros((1,) * rank, dtype=torch.int64)
 
 
-def _join(pieces: list[Tensor], tensors: list[Tensor], dim: int) -> Tensor:
-    rank = tensors[0].dim()
-    shape = [max(p.size(d) for p in pieces) for d in range(rank)]
-    full = [
-        p.expand(*shape[:dim], t.size(dim), *shape[dim + 1 :])
-        for p, t in zip(pieces, tensors, strict=True)
-    ]
-    return torch.cat(full, dim)
-
-
 def _stacked_facts(found: list[Facts | None], rank: int, dim: int) -> Facts | None:
     if all(f is None for f in found):
         return None
-    filled = same_place([_unknown(rank) if f is None else f.aligned(rank) for f in found])
+    filled = same_place([unknown(rank) if f is None else f.aligned(rank) for f in found])
     known, evaluated, trained, profile = (
         torch.stack(parts, dim)
         for parts in zip(*((f.known, *f.values, f.profile) for f in filled), strict=True)
     )
     return compressed(known, evaluated, trained, profile)
-
-
-def _unknown(rank: int) -> Facts:
-    """Facts of a tensor of which nothing is known."""
-    blank = torch.zeros((1,) * rank)
-    return Facts(blank.bool(), torch.zeros((2,) + (1,) * rank).double(), blank.long())
-
-
-def _joined_facts(walk: Stream, tensors: list[Tensor], dim: int) -> Facts | None:
-    found = [walk.value(t).facts for t in tensors]
-    if all(f is None for f in found):
-        return None
-    rank = tensors[0].dim()
-    filled = [_unknown(rank) if f is None else f.aligned(rank) for f in found]
-
-    def join(read: Callable[[Facts], Tensor]) -> Tensor:
-        return _join([read(f) for f in filled], tensors, dim)
-
-    values = torch.stack([join(lambda f, m=m: f.values[m]) for m in (0, 1)])  # type: ignore[misc]
-    return Facts(join(lambda f: f.known), values, join(lambda f: f.profile))
 
 
 RULES: dict[str, Rule] = {"aten::cat": cat, "aten::stack": stack}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.facts import Facts, joined
 from demp_fx.channels.labels import along, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -41,8 +41,10 @@ def pad(walk: Stream, call: Call) -> None:
         facts = Facts.of(facts.zero, facts.values) if facts is not None and fill == 0.0 else None
         if facts is not None and any(facts.known.size(d) > 1 for d in ends.keys() - grown):
             facts = None
+    constant = Facts.exactly(torch.tensor(fill)).aligned(rank)
     for d in grown if walk.with_facts else ():
-        facts = _with_ends(facts, x, d, ends[d], fill)
+        before, behind = ends[d]
+        facts = joined([constant, facts, constant], [before, x.size(d), behind], rank, d)
     walk.give(out, tuple(labels), facts)
 
 
@@ -52,28 +54,6 @@ def _grown(walk: Stream, call: Call, label: Tensor, dim: int, ends: tuple[int, i
     fresh = walk.system.fresh(f"{call.site.node}.padding", -1, before + behind).atoms
     atoms = torch.cat([fresh[:before], label.reshape(-1), fresh[before:]])
     return along(atoms, label.dim(), dim)
-
-
-def _with_ends(
-    facts: Facts | None, x: Tensor, dim: int, ends: tuple[int, int], fill: float
-) -> Facts:
-    """What is known of a tensor with a constant before and behind it along `dim`."""
-    shape = [1] * x.dim()
-    if facts is None:
-        known = torch.zeros(shape, dtype=torch.bool)
-        facts = Facts(known, torch.zeros((2, *shape), dtype=torch.float64), known.long())
-    shape = list(facts.known.shape)
-    shape[dim] = x.size(dim)
-    widths = [0, 0] * (x.dim() - 1 - dim) + list(ends)
-
-    def padded(part: Tensor, value: Any) -> Tensor:
-        whole = part.expand(*part.shape[: part.dim() - x.dim()], *shape)
-        result: Tensor = torch.nn.functional.pad(whole, widths, value=value)
-        return result
-
-    return Facts(
-        padded(facts.known.long(), 1).bool(), padded(facts.values, fill), padded(facts.profile, 0)
-    )
 
 
 RULES: dict[str, Rule] = {"aten::constant_pad_nd": pad}
