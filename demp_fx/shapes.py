@@ -123,8 +123,9 @@ def _cat(args: tuple[Any, ...]) -> Tensor:
     return torch.empty(shape, dtype=first.dtype, device="meta")
 
 
-def _convolution(args: tuple[Any, ...]) -> Tensor:
-    """torch's own formula, without its checks of the device and of memory formats."""
+def convolution(args: tuple[Any, ...]) -> Tensor:
+    """The shape of `aten.convolution`, by torch's own formula: without its checks of the device and
+    of memory formats."""
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
     space = [
         (n + 2 * pad - gap * (k - 1) - 1) // step + 1
@@ -188,7 +189,7 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
         for op, left in ((aten.addmm.default, 1), (aten.mm.default, 0), (aten.bmm.default, 0))
     },
     aten.cat.default: _cat,
-    aten.convolution.default: _convolution,
+    aten.convolution.default: convolution,
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
     aten._grouped_mm.default: _grouped_product,

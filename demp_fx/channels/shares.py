@@ -13,6 +13,7 @@ import torch
 from demp_fx.channels.labels import along, compress, reshaped, varying
 
 if TYPE_CHECKING:
+    from demp_fx.channels.running import Running
     from demp_fx.channels.value import Call, Value
 
 aten = torch.ops.aten
@@ -23,10 +24,10 @@ _COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten
 _RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
 
 
-def shares_of(call: Call, first: Value, masked: bool) -> int | None:
+def shares_of(call: Call, first: Value, running: Running) -> int | None:
     """The dim along which the result of a call sums to one, if there is any; `first`: what is known
-    of its first operand, `masked`: whether a mask may leave nothing of a row."""
-    if call.op in _SOFTMAX or (call.op in _SAFE and not masked):
+    of its first operand, `running`: the node that it is in."""
+    if call.op in _SOFTMAX or (call.op in _SAFE and not running.masked):
         dim: int = call.args[1] % call.tensors[0].dim()
         return dim
     if first.shares is None or call.op._schema.name in _COPIES:

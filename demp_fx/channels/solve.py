@@ -309,10 +309,11 @@ def _propagate(steps: list[_Step], keep: Mask) -> None:
                 needs = needs[keep[step.outputs[0]]]
                 if needs.size < step.needs.size:
                     later.append(step)
-            elif not all(keep[o].any() for o in step.outputs):
+            elif not all(np.count_nonzero(keep[o]) for o in step.outputs):
                 later.append(step)
                 continue
-            if not keep[needs].all():
-                keep[needs] = True
+            missing = needs[~keep[needs]]
+            if missing.size:
+                keep[missing] = True
                 changed = True
         waiting = later

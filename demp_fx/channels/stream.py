@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
+from demp_fx.channels.running import Running
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
@@ -59,19 +61,15 @@ class Stream(TorchDispatchMode):
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
-        self.computed: dict[int, str] = {}  # by storage: who made the weights of the running node
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
-        self.sized = False  # whether the node that runs is given a number computed of input sizes
-        self.follows = False  # whether the sizes that the node names are all worked out of others
-        self.masked = False  # whether the node that runs may mask all of a row
+        self.running: Running
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,
         self.shaped: list[Tensor] = []  # labels that have become blocks,
         self.sliced: set[str] = set()  # nodes that take a part of an axis,
         self.splits = False  # whether an axis was split into blocks,
-        self.counted = False  # whether zeros may leave an average that it takes over channels,
         self.opens = False  # and whether its channels go in with blocks, or come out of them
 
     @classmethod
@@ -99,12 +97,12 @@ class Stream(TorchDispatchMode):
         if not self.labelled:
             self._dry(func, args, out)
             return out
-        site = Site(str(func), self.site.node, self.site.source)
+        site = Site(_name(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
         writes = []
         for tensor in written(func, args, kwargs):
             storage = memory_of(tensor)
-            write = Write.by(func, args, tensor, self.sized)
+            write = Write.by(func, args, tensor, self.running.sized)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
             writes.append((write, self.value(tensor).labels))
         self._meet(call)
@@ -157,7 +155,7 @@ class Stream(TorchDispatchMode):
         makes = not values or call.op._schema.name.startswith(NEW)
         if makes or any(v.labels or v.known is not None or v.vector for v in values):
             self._apply(call, values)
-        shares = shares_of(call, values[0], self.masked) if values else None
+        shares = shares_of(call, values[0], self.running) if values else None
         if shares is not None:
             self.value(call.outputs[0]).shares = shares
 
@@ -305,7 +303,7 @@ class Stream(TorchDispatchMode):
     def maker(self, weight: Tensor) -> str | None:
         """The node that computed a weight of parameters alone, where the running node is given
         such a one (or takes a view of it)."""
-        return self.computed.get(memory_of(weight)) if self.computed else None
+        return self.running.makers.get(memory_of(weight))
 
     def pin(self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = ()) -> None:
         """Keep the atoms of a label, because of this call (while it computes any of `outputs`)."""
@@ -333,6 +331,11 @@ class Stream(TorchDispatchMode):
     def version(self, tensor: Tensor) -> int:
         """How often what a tensor holds was changed in place."""
         return len(self.writes.get(memory_of(tensor), ())) if self.writes else 0
+
+
+@functools.cache
+def _name(op: torch._ops.OpOverload) -> str:
+    return str(op)
 
 
 def _place(weight: Tensor) -> tuple[int, int, int]:

@@ -19,29 +19,26 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from demp_fx.calls import MADE, MADE_LIKE, called
-from demp_fx.channels.averages import takes_average
+from demp_fx.calls import called
+from demp_fx.channels import plain
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, in_each_mode
 from demp_fx.channels.labels import Labels, repeats, varying
-from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
+from demp_fx.channels.running import Running
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
 from demp_fx.channels.value import Call, Value
-from demp_fx.channels.writes import memory_of
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.regions import is_end
 from demp_fx.trees import tensors_of
-
-FULL = {"new_full", torch.full}
 
 
 class RefusalError(UsageError):
@@ -93,6 +90,8 @@ class Walk(Places):
                     self.env[node] = placeholder(node, feed, example.kwargs)
                 elif node.op == "output":
                     self._output(node)
+                elif (number := self._number(node)) is not None:
+                    self.env[node] = number
                 else:
                     self.env[node] = self._node(node)
             self._settle()
@@ -100,6 +99,26 @@ class Walk(Places):
         return self.system
 
     # -- nodes ----------------------------------------------------------------------------------
+
+    def _number(self, node: fx.Node) -> Any:
+        """What a node makes of sizes and numbers alone, which no rule has to see; else None."""
+        if called(node) in SIZES:
+            shape = node.target is not getattr or node.args[1] in ("shape", "ndim")
+            source = node.args[0]
+            if (
+                not shape
+                or not isinstance(source, fx.Node)
+                or not isinstance(self.env[source], Tensor)
+            ):
+                return None
+        elif getattr(node.target, "__module__", "") != "_operator" or not all(
+            isinstance(self.env[n], (int, float, torch.Size)) for n in node.all_input_nodes
+        ):
+            return None
+        args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+        with suppress(Exception):  # it is run again, and refused with its place
+            return self._target(node)(*args, **kwargs)
+        return None
 
     def _node(self, node: fx.Node) -> Any:
         if is_end(node):
@@ -110,7 +129,7 @@ class Walk(Places):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
-            return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
+            return self._dry_run(node)
         self._pin_cropped(node)
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         if sources and all(n.op == "get_attr" or n in self.made for n in sources):
@@ -148,11 +167,23 @@ class Walk(Places):
             value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
 
+    def _dry_run(self, node: fx.Node) -> Any:
+        """What a node gives where only shapes and multiplications are wanted."""
+        if node.op == "call_module":
+            args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+            found = plain.given(self.layers[str(node.target)], args, kwargs)
+            if found is not None:
+                out, macs = found
+                self.system.macs += macs
+                return out
+        return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
+
     def _shapes(self, node: fx.Node) -> None:
         """What a node does with the shape of its input: goes on with a chain, or makes blocks."""
         inputs = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         picked = [n for n in inputs if n in self.given]  # by indices that are known
-        if len(picked) == 1 and not any(map(repeats, self._labels(picked[0]))):
+        others = len(picked) == 1 < len(inputs)
+        if others and not any(map(repeats, self._labels(picked[0]))):
             inputs = picked
         if self.applied == self.moves and len(inputs) == 1:
             source, unfit = inputs[0], tuple(label for label, _ in self.unfit)
@@ -189,24 +220,12 @@ class Walk(Places):
         args, kwargs = map_arg((node.args, node.kwargs), entered.__getitem__)
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
-        self.computed = {
-            memory_of(t): n.name
-            for n, t in entered.items()
-            if n in self.made and isinstance(t, Tensor)
-        }
+        self.running = Running(
+            node, entered, self.graph, self.layers, self.env, self.given, self.made, self.real
+        )
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = False
-        self.sized = any(
-            isinstance(n, fx.Node) and n in self.given and isinstance(self.env[n], (int, float))
-            for n in _numbers(node)
-        )
-        self.counted = takes_average(node, self.layers)
-        leaves = pytree.tree_leaves((node.args, node.kwargs))
-        numbers = (self.env[a] if isinstance(a, fx.Node) else a for a in leaves)
-        literal = any(isinstance(n, int) and n > 1 for n in numbers)
-        self.follows = called(node) in MADE | MADE_LIKE or not literal
-        self.masked = may_mask_all(node, self.graph, self.given, self.real)
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
@@ -332,13 +351,6 @@ class Walk(Places):
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
-
-
-def _numbers(node: fx.Node) -> Any:
-    """Where a node may be given numbers to compute with, and not only sizes."""
-    if called(node) in FULL:
-        return [node.kwargs.get("fill_value", node.args[-1] if node.args else None)]
-    return node.all_input_nodes
 
 
 def _as_tensors(index: Any) -> Any:

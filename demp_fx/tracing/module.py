@@ -168,13 +168,15 @@ def _mirror(source: nn.Module, target: nn.Module, seen: dict[nn.Module, nn.Modul
     seen[source] = target
     if target is source:
         return
-    target.training = source.training
     constants = target._buffers.keys() - source._buffers.keys()
-    target._non_persistent_buffers_set = source._non_persistent_buffers_set | constants
-    target._parameters = {**source._parameters, **target._parameters}
-    target._buffers = {**source._buffers, **target._buffers}
     children = target._modules
-    target._modules = {}
+    vars(target).update(
+        training=source.training,
+        _non_persistent_buffers_set=source._non_persistent_buffers_set | constants,
+        _parameters={**source._parameters, **target._parameters},
+        _buffers={**source._buffers, **target._buffers},
+        _modules={},
+    )
     for name, child in source._modules.items():
         if child is None:
             continue

@@ -100,7 +100,7 @@ class Tracer(Decisions):
         with (
             preserved(root), as_nodes(self), aten_as_nodes(self), batch_norms_in_parts(),
             checks_of_proxies(), distributions_of_proxies(), variables_of_proxies(),
-            regions_as_nodes(self), sizes_stay(root), scripts_as_python(), proxies_are_tensors(),
+            regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
         ):  # fmt: skip
             set_modes(self.flags)
             try:
@@ -137,7 +137,8 @@ class Tracer(Decisions):
         return functools.partial(self._run, call), []
 
     def _run(self, forward: Callable[..., Any]) -> Any:
-        result = forward(*self.bound.args, **self.bound.kwargs)
+        with proxies_are_tensors():
+            result = forward(*self.bound.args, **self.bound.kwargs)
         keep_assigned(self)
         return result
 

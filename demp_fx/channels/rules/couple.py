@@ -82,7 +82,7 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
 def _inert(walk: Stream, call: Call) -> bool:
     """Whether nobody misses a zero here; in an average, if it is told how many there were."""
     name = call.op._schema.name
-    return name in INERT or (name == "aten::mean" and walk.counted)
+    return name in INERT or (name == "aten::mean" and walk.running.counted)
 
 
 def _apart(label: Tensor, dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -31,8 +31,8 @@ def fill(walk: Stream, call: Call) -> None:
     """One number everywhere, in a shape that code has worked out: it has no channels yet, and if
     that shape follows others it can have those that it meets."""
     out = call.outputs[0]
-    walk.give(out, (), _one_number(walk, call, out) if walk.follows else None)
-    if walk.follows:
+    walk.give(out, (), _one_number(walk, call, out) if walk.running.follows else None)
+    if walk.running.follows:
         walk.value(out).blank = frozenset(range(out.dim()))
 
 
@@ -46,7 +46,7 @@ def literal(walk: Stream, call: Call) -> None:
     """`torch.tensor(...)`: the numbers stand in the code, unless they are sizes of the example."""
     x, out = call.tensors[0], call.outputs[0]
     value = walk.value(x)
-    exact = walk.with_facts and not (x.is_meta or walk.sized) and x.is_floating_point()
+    exact = walk.with_facts and not (x.is_meta or walk.running.sized) and x.is_floating_point()
     facts = Facts.exactly(x) if exact and value.data is None else value.facts
     walk.moves += 1
     walk.give(out, value.labels, facts, value.data)
@@ -56,7 +56,7 @@ def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """What is known of a constant. (What depends on a size of the example is none.)"""
     name = call.op._schema.name.removeprefix("aten::").removeprefix("new_").removesuffix("_like")
     number = NUMBERS.get(name)
-    if number is None and not walk.sized:
+    if number is None and not walk.running.sized:
         number = call.arg(GIVEN.get(name, "fill_value"))
     if not isinstance(number, (int, float)) or not walk.with_facts or not out.is_floating_point():
         return None

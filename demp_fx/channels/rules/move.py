@@ -159,7 +159,7 @@ def expand(walk: Stream, call: Call) -> None:
     """What has one entry along a dim gets it many times."""
     move(walk, call)
     x, out = call.args[0], call.outputs[0]
-    if walk.follows:
+    if walk.running.follows:
         lead = out.dim() - x.dim()
         walk.value(out).blank = frozenset(
             d for d, n in enumerate(out.shape) if n > 1 and (d < lead or x.size(d - lead) == 1)

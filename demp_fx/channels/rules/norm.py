@@ -183,7 +183,7 @@ def _over_channels(
         labels.append(label)
     walk.relabel(x, tuple(labels))
     mixed = [label for label in labels if set(varying(label)) & set(dims)]
-    facts = walk.value(x).facts if walk.with_facts and walk.counted else None
+    facts = walk.value(x).facts if walk.with_facts and walk.running.counted else None
     for label in mixed:
         needed = label if facts is None else label[~zero_at(facts, label)]
         walk.pin(call, needed, reason, tuple(labels))

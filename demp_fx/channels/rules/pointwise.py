@@ -147,7 +147,7 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     facts = same_place(facts)
     known = functools.reduce(torch.logical_and, [f.flat for f in facts])
     values = _run(call, [f.values for f in facts])
-    if walk.sized:  # what depends on a size of the example is no constant
+    if walk.running.sized:  # what depends on a size of the example is no constant
         known &= (values == _run(call, [f.values for f in facts], moved=0.5)).all(0)
     if call.op._schema.name in PRODUCTS:
         zero = functools.reduce(torch.logical_or, [f.zero for f in facts])
@@ -166,7 +166,7 @@ def _chosen(walk: Stream, call: Call) -> tuple[Facts | None, Facts | None] | Non
     one, other = (call.arg(name) for name in names[1:])
     if isinstance(other, Tensor):
         return walk.value(one).facts, walk.value(other).facts
-    number = None if walk.sized else Facts.exactly(torch.tensor(other))
+    number = None if walk.running.sized else Facts.exactly(torch.tensor(other))
     return walk.value(one).facts, number
 
 
