@@ -8,8 +8,12 @@ import torch
 from torch import fx
 
 # From the first argument on, and behind the tensor that they are made like.
-MADE: set[Any] = {torch.zeros, torch.ones, torch.full}
-MADE_LIKE: set[Any] = {"expand", torch.ops.aten.expand.default, "new_zeros", "new_ones", "new_full"}
+aten = torch.ops.aten
+MADE: set[Any] = {torch.zeros, torch.ones, torch.full,
+                  aten.zeros.default, aten.ones.default, aten.full.default}  # fmt: skip
+MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", aten.expand.default,
+                       aten.new_zeros.default, aten.new_ones.default,
+                       aten.new_full.default}  # fmt: skip
 
 
 def called(node: fx.Node) -> Any:

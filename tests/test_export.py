@@ -356,6 +356,10 @@ FUNCTIONS: dict[str, Any] = {
     "narrow": lambda h: torch.cat([h.narrow(1, 0, 5), h.narrow(1, 5, 3)], -1),
     "sum": lambda h: F.relu(h) + h * 2,
     "size_as_a_number": lambda h: h * h.shape[-1] ** -0.5,
+    "state": lambda h: torch.zeros(h.shape[0], 8, dtype=h.dtype) + h,
+    "ones": lambda h: h * torch.ones(h.shape[0], 8, dtype=h.dtype),
+    "full": lambda h: h * torch.full((h.shape[0], 8), 0.5, dtype=h.dtype),
+    "new_full": lambda h: h * h.new_full((h.shape[0], 8), 0.5),
 }
 
 

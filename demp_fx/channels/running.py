@@ -17,7 +17,8 @@ from demp_fx.channels.averages import takes_average
 from demp_fx.channels.masks import may_mask_all
 from demp_fx.channels.writes import memory_of
 
-FULL = {"new_full", torch.full}
+aten = torch.ops.aten
+FULL = {"new_full", torch.full, aten.full.default, aten.new_full.default}
 
 
 @dataclass
