@@ -159,6 +159,22 @@ def _layer_norm(args: tuple[Any, ...]) -> Any:
     return torch.empty(x.shape, dtype=x.dtype, device="meta"), _NONE, _NONE
 
 
+def _reduced(op: torch._ops.OpOverload) -> Shape:
+    """The shape of a sum or mean over some dims."""
+
+    def shape(args: tuple[Any, ...]) -> Tensor:
+        x, dims, keeps = args[0], args[1], len(args) > 2 and args[2]
+        plain = dims and x.dim() and x.is_floating_point() and x.is_contiguous()
+        over = {d % x.dim() for d in dims} if plain else set()
+        if not plain or len(over) != len(dims) or not all(-x.dim() <= d < x.dim() for d in dims):
+            result: Tensor = op(*args)
+            return result
+        sizes = [1 if d in over else n for d, n in enumerate(x.shape) if keeps or d not in over]
+        return torch.empty(sizes, dtype=x.dtype, device="meta")
+
+    return shape
+
+
 _NONE = torch.empty(0, device="meta")
 
 SHAPES: dict[torch._ops.OpOverload, Shape] = {
@@ -188,6 +204,7 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
         op: _product(op, left)
         for op, left in ((aten.addmm.default, 1), (aten.mm.default, 0), (aten.bmm.default, 0))
     },
+    **{op: _reduced(op) for op in (aten.mean.dim, aten.sum.dim_IntList)},
     aten.cat.default: _cat,
     aten.convolution.default: convolution,
     aten.native_batch_norm.default: _batch_norm,

@@ -34,12 +34,14 @@ MORE: dict[Any, tuple[Any, ...]] = {
     aten._softmax.default: (-1, False),
     aten._log_softmax.default: (1, False),
     aten._safe_softmax.default: (-1,),
+    aten.mean.dim: ([2, -1], True),
+    aten.sum.dim_IntList: ([1],),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", [op for op in SHAPES if op not in OTHERS], ids=str)
-def test_elementwise(op: Any, layout: str) -> None:
+def test_ops_on_one_tensor_or_two_alike(op: Any, layout: str) -> None:
     for dtype in (torch.float32, torch.float64, torch.int64):
         x = LAYOUTS[layout](blank(2, 8, 4, 6, dtype=dtype))
         more = MORE[op] if op in MORE else {"Tensor": (x,), "Scalar": (2.0,)}.get(str(op)[-6:], ())

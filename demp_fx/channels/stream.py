@@ -30,6 +30,7 @@ from demp_fx.tracing.source import first_line
 
 # How ops are called that take no more of their operand than its dtype, or a number of the code's.
 NEW = ("aten::new_", "aten::lift_fresh")
+EMPTY = torch.ops.aten.empty.memory_format
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
 
@@ -81,6 +82,8 @@ class Stream(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is EMPTY and not all(args[0]):
+            return func(*args, **kwargs)  # without numbers, as batch norm makes one in eval mode
         shape = shape_of(func, self.shapes, kwargs)
         try:
             out = func(*args, **kwargs) if shape is None else shape(args)
