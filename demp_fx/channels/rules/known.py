@@ -153,28 +153,22 @@ def outputs_known(
     if offset is None:
         return None
     known = torch.zeros(weight.size(1), dtype=torch.bool) if before is None else before.known
+    silent = torch.zeros(weight.size(0), dtype=torch.bool) if empty is None else empty
     blind = (~known).nonzero().reshape(-1).to(weight.device)
-    candidates = torch.arange(weight.size(0))
-    rows = weight
+    maybe = ~silent  # of the others everything is known already
     if blind.numel():
-        ends = [weight.select(1, int(k)).flatten(1)[:, 0] if weight.dim() > 2
-                else weight.select(1, int(k)) for k in (blind[0], blind[-1])]  # fmt: skip
-        maybe = ((ends[0] == 0) & (ends[1] == 0)).cpu()
-        if empty is not None:
-            maybe &= ~empty  # of those everything is known already
-        candidates = maybe.nonzero().reshape(-1)
-        rows = weight[candidates.to(weight.device)]
-        if candidates.numel():
-            fine = ~(rows[:, blind] != 0).flatten(1).any(1)
-            candidates, rows = candidates[fine.cpu()], rows[fine]
-        if empty is not None:
-            silent = empty.nonzero().reshape(-1)
-            candidates = torch.cat([candidates, silent])
-            rows = torch.cat([rows, rows.new_zeros(1).expand(silent.numel(), *rows.shape[1:])])
-        if candidates.numel() == 0:
-            return None
+        for k in (blind[0], blind[-1]):
+            column = weight.select(1, int(k))
+            maybe &= ((column.flatten(1)[:, 0] if column.dim() > 1 else column) == 0).cpu()
+    candidates = maybe.nonzero().reshape(-1)
+    rows = weight[candidates.to(weight.device)]
+    if blind.numel() and candidates.numel():
+        fine = ~(rows[:, blind] != 0).flatten(1).any(1)
+        candidates, rows = candidates[fine.cpu()], rows[fine]
+    if not candidates.numel() and empty is None:
+        return None
     values = offset[candidates].expand(2, -1)
-    if before is not None and bool(before.constant.any()):
+    if before is not None and candidates.numel() and bool(before.constant.any()):
         hot = before.constant.nonzero().reshape(-1)
         taps = rows[:, hot.to(weight.device)].cpu().to(torch.float64)
         taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
@@ -182,8 +176,8 @@ def outputs_known(
         if padded or bool((before.profile[hot] != 0).any()):
             fine = ~(rows[:, hot.to(weight.device)] != 0).flatten(1).any(1).cpu()
             candidates, values = candidates[fine], values[:, fine]
-    result = torch.zeros(weight.size(0), dtype=torch.bool)
+    result = silent.clone()
     result[candidates] = True
-    full = torch.zeros(2, weight.size(0), dtype=torch.float64)
+    full = torch.where(silent, offset, 0.0).repeat(2, 1)
     full[:, candidates] = values
     return Facts.of(result, full)
