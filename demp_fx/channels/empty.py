@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 FEW = 16  # fewer slices than one in so many are picked out, more are read with the whole
-BLOCK = 1 << 19  # bytes of a weight that are looked at in both ways while they are at hand
+BLOCK = 1 << 20  # bytes of a weight that are looked at in both ways while they are at hand
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Bits = npt.NDArray[np.signedinteger]
@@ -83,6 +83,6 @@ def _joined(bits: Bits, dim: int, strides: tuple[int, ...]) -> Bits:
     """All bits that are set anywhere in each slice along `dim`; outer axes are reduced first."""
     outer = [d for d, stride in enumerate(strides) if stride > strides[dim]]
     inner = [d for d in range(bits.ndim) if d not in (*outer, dim)]
-    for axes in (outer, inner):
+    for axes in filter(None, (outer, inner)):  # over no axis at all it would be copied
         bits = np.bitwise_or.reduce(bits, axis=tuple(axes), keepdims=True)
     return bits.reshape(-1)

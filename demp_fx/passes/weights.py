@@ -168,8 +168,10 @@ def select(
 
 def _rows_and_columns(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The entries at indices of dims 0 and 1: of a few rows at a time, which stay in the cache."""
-    made = tensor.new_empty((rows.numel(), columns.numel(), *tensor.shape[2:]))
     few = max(1, CACHE * tensor.size(0) // max(1, tensor.nbytes))
+    if few >= rows.numel():
+        return tensor.index_select(0, rows).index_select(1, columns)
+    made = tensor.new_empty((rows.numel(), columns.numel(), *tensor.shape[2:]))
     for some, part in zip(rows.split(few), made.split(few), strict=True):
         torch.index_select(tensor.index_select(0, some), 1, columns, out=part)
     return made
