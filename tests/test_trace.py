@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -297,6 +298,24 @@ def test_copies_keep_everything(net: Net, twin: Any) -> None:
     with torch.no_grad():
         copied.get_parameter("blocks.0.linear.weight").zero_()
     assert net.blocks[0].linear.weight.abs().sum() > 0
+
+
+POOLS: dict[str, Callable[[Tensor], Any]] = {
+    "max": lambda x: F.max_pool1d(x, 2),
+    "adaptive": lambda x: F.adaptive_max_pool1d(x, 2),
+    "with indices": lambda x: F.max_pool1d(x, 2, return_indices=True)[0],
+    "an ATen op": lambda x: torch.ops.aten.max_pool1d.default(x, [2]),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_functions_that_do_not_pickle_themselves_are_found_again(name: str) -> None:
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return POOLS[name](x)
+
+    graph = demp_fx.trace(Pooled(), X)
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(X), POOLS[name](X))
 
 
 def test_a_traced_module_compiles(net: Net) -> None:

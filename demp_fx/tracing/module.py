@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,16 +63,28 @@ def _to_reference(argument: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Op:
-    """An ATen op, which does not pickle, by its name: "aten", "view", "default"."""
+class _Function:
+    """A function that does not pickle, by the way to it: "torch", "ops", "aten", "view", "default".
+
+    Besides ATen ops these are torch's own closures, such as `F.max_pool2d`.
+    """
 
     path: tuple[str, ...]
 
 
 def _to_name(target: Any) -> Any:
     if isinstance(target, torch._ops.OpOverload):
-        return _Op((target.namespace, target._opname, target._overloadname))
+        return _Function(("torch", "ops", target.namespace, target._opname, target._overloadname))
+    if "<locals>" in getattr(target, "__qualname__", ""):
+        named = _Function((target.__module__, target.__name__))
+        return named if _found(named, None) is target else target
     return target
+
+
+def _found(function: _Function, *default: Any) -> Any:
+    home, *path = function.path
+    start = importlib.import_module(home)
+    return functools.reduce(lambda owner, name: getattr(owner, name, *default), path, start)
 
 
 def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]]) -> TracedModule:
@@ -81,8 +94,8 @@ def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]])
         args, kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Reference) else a
         )
-        if isinstance(target, _Op):
-            target = functools.reduce(getattr, target.path, torch.ops)
+        if isinstance(target, _Function):
+            target = _found(target)
         nodes[name] = graph.create_node(op, target, args, kwargs, name)
         nodes[name].meta.update({} if source is None else {"source": source})
     root = nn.Module()
