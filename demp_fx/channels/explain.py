@@ -69,7 +69,7 @@ class Explanation:
 def explain(deps: DependencyGraph, name: str) -> Explanation:
     """See `DependencyGraph.explain`."""
     axes = [a for a in deps.axes if matches(a.owner, name)]
-    if not axes:
+    if not axes and not any(matches(owner, name) for owner in deps.params):
         raise UsageError(f"no parameter or buffer {name!r} takes part; {_near(deps, name)}")
     stops = _Stops(deps)
     told: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 import demp_fx
 from demp_fx.channels.explain import NEEDED, AxisReason
@@ -94,6 +95,12 @@ def test_an_answer_reads_as_text() -> None:
 def test_a_name_that_is_not_there_gets_the_nearest_ones() -> None:
     with pytest.raises(UsageError, match=r"there is .*conv"):
         analyzed(Residual(), 1, 3, 8, 8).explain("convv")
+
+
+def test_a_parameter_without_channels_has_an_answer_too() -> None:
+    deps = analyzed(nn.Sequential(nn.Linear(6, 1)), 2, 6)
+    assert "has no channels" in str(deps.explain("0.bias"))
+    assert [str(r.axis) for r in deps.explain("0").axes] == ["0.weight[1]"]
 
 
 def test_a_value_that_no_parameter_is_tied_to_has_a_group() -> None:
