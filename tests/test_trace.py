@@ -300,22 +300,24 @@ def test_copies_keep_everything(net: Net, twin: Any) -> None:
     assert net.blocks[0].linear.weight.abs().sum() > 0
 
 
-POOLS: dict[str, Callable[[Tensor], Any]] = {
+UNPICKLED: dict[str, Callable[[Tensor], Any]] = {
     "max": lambda x: F.max_pool1d(x, 2),
     "adaptive": lambda x: F.adaptive_max_pool1d(x, 2),
     "with indices": lambda x: F.max_pool1d(x, 2, return_indices=True)[0],
     "an ATen op": lambda x: torch.ops.aten.max_pool1d.default(x, [2]),
+    "a memory format": lambda x: x.contiguous(memory_format=torch.contiguous_format),
 }
 
 
-@pytest.mark.parametrize("name", POOLS)
-def test_functions_that_do_not_pickle_themselves_are_found_again(name: str) -> None:
-    class Pooled(nn.Module):
+@pytest.mark.parametrize("name", UNPICKLED)
+def test_what_does_not_pickle_itself_is_found_again(name: str) -> None:
+    class Model(nn.Module):
         def forward(self, x: Tensor) -> Any:
-            return POOLS[name](x)
+            return UNPICKLED[name](x)
 
-    graph = demp_fx.trace(Pooled(), X)
-    assert torch.equal(pickle.loads(pickle.dumps(graph))(X), POOLS[name](X))
+    graph = demp_fx.trace(Model(), X)
+    for protocol in (2, pickle.DEFAULT_PROTOCOL):  # torch.save's, and pickle's
+        assert torch.equal(pickle.loads(pickle.dumps(graph, protocol))(X), UNPICKLED[name](X))
 
 
 def test_a_traced_module_compiles(net: Net) -> None:
