@@ -11,6 +11,9 @@ from torch import fx
 MADE: set[Any] = {torch.zeros, torch.ones, torch.full}
 MADE_LIKE: set[Any] = {"expand", torch.ops.aten.expand.default, "new_zeros", "new_ones", "new_full"}
 
+# What asks for the product of all sizes, of a tensor or of a list of them.
+COUNTS: set[Any] = {"numel", "nelement", torch.numel}
+
 
 def called(node: fx.Node) -> Any:
     """The function that a node calls, or the name of the method; None of a module, an input or a
