@@ -81,6 +81,27 @@ def test_names_and_order_of_the_state_dict_are_the_models(net: Net) -> None:
     assert list(dict(graph.named_buffers())) == list(dict(net.named_buffers()))
 
 
+def test_what_a_module_does_not_save_is_not_saved() -> None:
+    class Private(nn.Module):
+        """Its table is made anew wherever it is loaded."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(4.0).double())
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.get_buffer("table")
+
+    model = nn.Sequential(nn.Linear(4, 4), Private()).double()
+    graph = demp_fx.trace(model, X)
+    assert list(graph.state_dict()) == list(model.state_dict()) == ["0.weight", "0.bias"]
+    assert list(copy.deepcopy(graph).state_dict()) == ["0.weight", "0.bias"]
+    assert list(demp_fx.compile(model, X).module.state_dict()) == ["0.weight", "0.bias"]
+
+
 def test_a_module_called_twice_has_one_name(net: Net) -> None:
     called = targets(demp_fx.trace(net, X))
     assert called.count("blocks.0.linear") == 2
