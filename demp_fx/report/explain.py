@@ -58,7 +58,7 @@ def why_tree(found: Explanation) -> Tree:
             branch.add(escape(f"carried by {', '.join(reason.carriers)}"))
         _stops(branch, reason)
     if not found.axes:
-        tree.add("has no channels: there is nothing in it that could go on its own")
+        tree.add("has no channels that could go: it stays as it is")
     return tree
 
 

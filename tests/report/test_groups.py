@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 import demp_fx
@@ -98,9 +99,14 @@ def test_a_name_that_is_not_there_gets_the_nearest_ones() -> None:
 
 
 def test_a_parameter_without_channels_has_an_answer_too() -> None:
-    deps = analyzed(nn.Sequential(nn.Linear(6, 1)), 2, 6)
-    assert "has no channels" in str(deps.explain("0.bias"))
-    assert [str(r.axis) for r in deps.explain("0").axes] == ["0.weight[1]"]
+    net = nn.Sequential(nn.Linear(6, 1))
+    net.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    net[0].register_parameter("tied", net[0].weight)
+    deps = analyzed(net, 2, 6)
+    for name in ("0.bias", "unused"):
+        assert "has no channels" in str(deps.explain(name))
+    for name in ("0", "0.tied"):
+        assert [str(r.axis) for r in deps.explain(name).axes] == ["0.weight[1]"]
 
 
 def test_a_value_that_no_parameter_is_tied_to_has_a_group() -> None:
