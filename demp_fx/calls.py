@@ -15,6 +15,9 @@ MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", aten.expan
                        aten.new_zeros.default, aten.new_ones.default,
                        aten.new_full.default}  # fmt: skip
 
+# What asks for the product of all sizes, of a tensor or of a list of them.
+COUNTS: set[Any] = {"numel", "nelement", torch.numel}
+
 
 def called(node: fx.Node) -> Any:
     """The function that a node calls, or the name of the method; None of a module, an input or a

@@ -62,6 +62,9 @@ def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
             delattr(model, constant)
+    for name in module.state_dict().keys() - model.state_dict().keys():  # some keep theirs unsaved
+        owner, _, buffer = name.rpartition(".")
+        module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     before = meta.get("demp_fx", TraceNotes())
     baked = list(dict.fromkeys([*before.baked, *notes.baked]))

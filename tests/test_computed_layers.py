@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.ao.pruning._experimental.pruner import FakeStructuredSparsity
 from torch.nn.utils import parametrizations, prune
 
 import demp_fx
@@ -38,8 +39,31 @@ def pruned(layer: nn.Conv2d) -> nn.Module:
     return prune.custom_from_mask(layer, "weight", mask)
 
 
+class Mask(nn.Module):
+    """Filters that a pruner has switched off."""
+
+    def __init__(self, off: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(8, dtype=torch.bool))
+        self.get_buffer("mask")[off] = False
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.get_buffer("mask").reshape(-1, 1, 1, 1) * weight
+
+
+def masked(layer: nn.Conv2d) -> nn.Module:
+    return nn.utils.parametrize.register_parametrization(layer, "weight", Mask(DEAD))
+
+
+def masked_by_torch(layer: nn.Conv2d) -> nn.Module:
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[DEAD] = False
+    torchs = FakeStructuredSparsity(mask)
+    return nn.utils.parametrize.register_parametrization(layer, "weight", torchs)
+
+
 WAYS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
-    f.__name__: f for f in (weight_norm, old_weight_norm, pruned)
+    f.__name__: f for f in (weight_norm, old_weight_norm, pruned, masked, masked_by_torch)
 }
 
 

@@ -101,6 +101,35 @@ def test_a_function_that_torchscript_has_compiled_is_looked_through() -> None:
     torch.testing.assert_close(compiled(X, 2.0), clamped(X, 2.0))
 
 
+class Chosen(nn.Module):
+    """What no graph can hold: it decides by the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 0).all()):
+            return x
+        return self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_module_that_torchscript_has_compiled_stays_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), torch.jit.script(Chosen()),
+        nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for layer in (model[0], model[4]):
+            layer.weight[:5] = layer.bias[:5] = 0
+    result = demp_fx.compile(model, X)
+    assert result.report.opaque.keys() == {"3"}
+    assert [result.module.get_submodule(name).in_features for name in "26"] == [3, 3]
+    torch.testing.assert_close(result.module(X), model(X), rtol=0, atol=1e-12)
+
+
 def test_parameters_are_parameters_in_the_models_code() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

@@ -182,6 +182,9 @@ COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "whole_shape": lambda x, f: x / math.prod(f.shape[1:]),
     "numel": lambda x, f: x / f.numel(),
     "numel_of_one": lambda x, f: x / f[0].numel(),
+    "numel_of_a_shape": lambda x, f: x / f.shape[1:].numel(),
+    "numel_of_sizes": lambda x, f: x / f.size().numel(),
+    "torch_numel": lambda x, f: x / torch.numel(f[0]),
     "twice": lambda x, f: x / (f.shape[1] * f.shape[2]) + 1 / (f.shape[1] * f.shape[2]),
     "root": lambda x, f: x / math.sqrt(f.shape[1] * f.shape[3]),
 }
@@ -214,6 +217,38 @@ def test_numbers_keep_the_old_width_and_follow_the_image(name: str) -> None:
         x = torch.randn(images, 3, side, side).double()
         assert torch.allclose(result.module(x), model(x), atol=1e-12)
         assert torch.allclose(replayed(x), model(x), atol=1e-12)
+
+
+FLATTENED: dict[str, Callable[[Tensor], Tensor]] = {
+    "numel_of_sizes": lambda x: x.view(-1, x.size()[1:].numel()),
+    "numel_of_one": lambda x: x.view(-1, x[0].numel()),
+    "torch_numel": lambda x: x.view(-1, torch.numel(x[0])),
+    "numel_by_batch": lambda x: x.view(-1, x.numel() // x.size(0)),
+    "product": lambda x: x.view(-1, math.prod(x.shape[1:])),
+}
+
+
+@pytest.mark.parametrize("name", FLATTENED)
+def test_a_count_that_is_a_size_follows(name: str) -> None:
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.make, self.read = nn.Conv2d(3, 8, 1), nn.Linear(8 * 16, 2)
+            with torch.no_grad():
+                self.make.weight[[1, 4, 6]] = 0
+                self.make.bias[[1, 4, 6]] = 0
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(FLATTENED[name](self.make(x).relu()))
+
+    model = Flattens()
+    result = demp_fx.compile(model, torch.randn(2, 3, 4, 4).double())
+    assert result.module.get_parameter("read.weight").shape[1] == 5 * 16
+    assert not result.plan.spreads
+    x = torch.randn(3, 3, 4, 4).double()
+    assert torch.allclose(result.module(x), model(x), atol=1e-12)
 
 
 FILLED: dict[str, Callable[[Tensor, int], Tensor]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,27 @@ def test_one_channel_that_is_picked_by_its_number(way: str, cuts: Cuts) -> None:
     model, x = Picks().double(), torch.randn(3, 5, dtype=torch.float64)
     narrow = demp_fx.compile(model, x, cuts=cuts, verify=False).module
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_filters_that_are_zero_in_each_group_go(kind: Any, shift: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(3, 8, 1), nn.ReLU(), kind(8, 12, 3, groups=2), nn.ReLU(), nn.Conv1d(12, 4, 1)
+    ).double()
+    layer = net[2]
+    outputs = layer.weight if kind is nn.Conv1d else layer.weight.unflatten(0, (2, 4))
+    with torch.no_grad():
+        if kind is nn.Conv1d:
+            outputs[[0, 1, 7, 9]] = 0
+        else:
+            outputs[0][:, [0, 1]] = outputs[1][:, [1, 3]] = 0
+        layer.bias[[0, 1, 7, 9]] = shift
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    result = demp_fx.compile(net, x)
+    assert result.module.get_parameter("2.bias").shape == (8,)
+    torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
 
 
 def test_a_grouped_convolution_that_is_called_as_a_function() -> None:

@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,27 @@ def test_names_and_order_of_the_state_dict_are_the_models(net: Net) -> None:
     assert list(graph.state_dict()) == list(net.state_dict())
     assert dict(graph.named_parameters()) == dict(net.named_parameters())
     assert list(dict(graph.named_buffers())) == list(dict(net.named_buffers()))
+
+
+def test_what_a_module_does_not_save_is_not_saved() -> None:
+    class Private(nn.Module):
+        """Its table is made anew wherever it is loaded."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(4.0).double())
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.get_buffer("table")
+
+    model = nn.Sequential(nn.Linear(4, 4), Private()).double()
+    graph = demp_fx.trace(model, X)
+    assert list(graph.state_dict()) == list(model.state_dict()) == ["0.weight", "0.bias"]
+    assert list(copy.deepcopy(graph).state_dict()) == ["0.weight", "0.bias"]
+    assert list(demp_fx.compile(model, X).module.state_dict()) == ["0.weight", "0.bias"]
 
 
 def test_a_module_called_twice_has_one_name(net: Net) -> None:
@@ -297,6 +319,26 @@ def test_copies_keep_everything(net: Net, twin: Any) -> None:
     with torch.no_grad():
         copied.get_parameter("blocks.0.linear.weight").zero_()
     assert net.blocks[0].linear.weight.abs().sum() > 0
+
+
+UNPICKLED: dict[str, Callable[[Tensor], Any]] = {
+    "max": lambda x: F.max_pool1d(x, 2),
+    "adaptive": lambda x: F.adaptive_max_pool1d(x, 2),
+    "with indices": lambda x: F.max_pool1d(x, 2, return_indices=True)[0],
+    "an ATen op": lambda x: torch.ops.aten.max_pool1d.default(x, [2]),
+    "a memory format": lambda x: x.contiguous(memory_format=torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("name", UNPICKLED)
+def test_what_does_not_pickle_itself_is_found_again(name: str) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return UNPICKLED[name](x)
+
+    graph = demp_fx.trace(Model(), X)
+    for protocol in (2, pickle.DEFAULT_PROTOCOL):  # torch.save's, and pickle's
+        assert torch.equal(pickle.loads(pickle.dumps(graph, protocol))(X), UNPICKLED[name](X))
 
 
 def test_a_traced_module_compiles(net: Net) -> None:

@@ -16,6 +16,7 @@ from demp_fx.channels.walk import Walk
 from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import SHAPES
+from demp_fx.tracing.values import named_state
 
 
 def walk(
@@ -45,4 +46,6 @@ def analyze(graph: fx.GraphModule) -> DependencyGraph:
         done = walk(graph)
         deps = DependencyGraph(done.system, decide(done.system), set(done.params))
         deps.nodes = network(done, deps)
+        firsts: dict[int, str] = {}
+        deps.names |= {name: firsts.setdefault(id(t), name) for name, t in named_state(graph)}
     return deps

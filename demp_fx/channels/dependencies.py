@@ -31,12 +31,14 @@ class DependencyGraph:
 
     `groups`: first those of parameters, then those of values that no parameter is tied to, such as
     a residual stream; `bare`: the same, with members and pins alone. `axes`: those of parameters
-    and buffers. `nodes`: the network around them, where `analyze` has made the graph.
+    and buffers. `names`: by each name of a parameter or buffer, the one that it goes by here (of
+    tied ones the first). `nodes`: the network around them, where `analyze` has made the graph.
     """
 
     def __init__(self, system: System, solution: Solution, params: set[str]) -> None:
         self.system, self.solution, self.params = system, solution, params
         self.nodes: list[Node] = []
+        self.names = {name: name for name in params}
         self._root = classes(system)
         self._group_of = _groups(self._root.numpy(), system)
         self.axes = self._channels([a for a in system.axes if a.owner in params])

@@ -68,9 +68,10 @@ class Explanation:
 
 def explain(deps: DependencyGraph, name: str) -> Explanation:
     """See `DependencyGraph.explain`."""
-    axes = [a for a in deps.axes if matches(a.owner, name)]
-    if not axes:
-        raise UsageError(f"no parameter or buffer {name!r} takes part; {_near(deps, name)}")
+    owners = {owner for known, owner in deps.names.items() if matches(known, name)}
+    axes = [a for a in deps.axes if a.owner in owners]
+    if not owners:
+        raise UsageError(f"no layer, parameter or buffer is called {name!r}; {_near(deps, name)}")
     stops = _Stops(deps)
     told: set[int] = set()
     reasons = []
@@ -88,8 +89,8 @@ def explain(deps: DependencyGraph, name: str) -> Explanation:
 
 
 def _near(deps: DependencyGraph, name: str) -> str:
-    layers = {owner.rpartition(".")[0] for owner in deps.params} - {""}
-    close = difflib.get_close_matches(name, [*layers, *deps.params], 3)
+    layers = {known.rpartition(".")[0] for known in deps.names} - {""}
+    close = difflib.get_close_matches(name, [*layers, *deps.names], 3)
     return f"there is {', '.join(close)}" if close else "see demp-fx inspect for the names"
 
 

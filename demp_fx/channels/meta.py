@@ -62,11 +62,15 @@ def on_meta(graph: fx.GraphModule) -> Iterator[Twins]:
     """Swap every parameter and buffer for a meta twin, and all modules to eval mode, meanwhile.
 
     Yields id(twin) -> (name, real tensor), and a context in which the real ones are back. Twins of
-    tied tensors are one, under the first name.
+    tied tensors are one, under the first name. TorchScript lets nobody swap what is in it.
     """
     twins: dict[int, Tensor] = {}
     names: dict[int, tuple[str, Tensor]] = {}
-    modules = list(graph.named_modules())
+    modules = [
+        (name, module)
+        for name, module in graph.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
     saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for _, m in modules]
 
     def restore() -> None:

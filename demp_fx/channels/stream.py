@@ -30,6 +30,7 @@ from demp_fx.tracing.source import first_line
 
 # How ops are called that take no more of their operand than its dtype, or a number of the code's.
 NEW = ("aten::new_", "aten::lift_fresh")
+REPEATS = ("aten::expand",)  # what holds the same along an axis can have channels there
 EMPTY = torch.ops.aten.empty.memory_format
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
@@ -155,7 +156,7 @@ class Stream(TorchDispatchMode):
     def _meet(self, call: Call) -> None:
         """Apply the rule of a call if anything is known of what goes into it, or nothing does."""
         values = [self.value(tensor) for tensor in call.tensors]
-        makes = not values or call.op._schema.name.startswith(NEW)
+        makes = not values or call.op._schema.name.startswith((*NEW, *REPEATS))
         if makes or any(v.labels or v.known is not None or v.vector for v in values):
             self._apply(call, values)
         shares = shares_of(call, values[0], self.running) if values else None
@@ -221,7 +222,7 @@ class Stream(TorchDispatchMode):
             if n > 1
         )
         read = self.with_facts and not real.is_meta and real.layout is torch.strided
-        read = read and (real.is_floating_point() or real.is_complex())
+        read = read and (real.is_floating_point() or real.is_complex() or real.dtype == torch.bool)
         line = real.numel() == max(real.shape, default=1)
         data, rows = real.detach(), None
         if read and not line and rank > 1:

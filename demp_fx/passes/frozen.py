@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from demp_fx.calls import called
+from demp_fx.calls import COUNTS, called
 
 # By the node that asks for sizes: for each dim the old and the new one, None where it stays.
 Changes = Mapping[str, Sequence[tuple[int, int] | None]]
 Make = Callable[[str, Any, Any, Any], Any]  # (op, target, args, kwargs) -> what stands for the node
-COUNTS = {"numel", "nelement"}  # what asks for the product of all sizes
 
 
 def restored(
@@ -38,6 +38,8 @@ def restored(
         if n.target is operator.getitem and isinstance(args[0], tuple):
             index: Any = args[1]
             return args[0][index]
+        if called(n) in COUNTS and isinstance(args[0], tuple):
+            return _product(args[0], make)
         if n.op == "call_function" and not _holds_nodes((args, kwargs)):
             return n.target(*args, **kwargs)  # type: ignore[operator]
         return make(n.op, n.target, args, kwargs)
@@ -61,6 +63,15 @@ def _asked(node: fx.Node, sizes: Sequence[tuple[int, int] | None], make: Make, n
         make("call_function", operator.getitem, (narrow, d), {}) if size is None else size[0]
         for d, size in enumerate(sizes)
     )
+
+
+def _product(sizes: tuple[Any, ...], make: Make) -> Any:
+    """Of numbers, and of what stands for others."""
+    result: Any = math.prod(size for size in sizes if isinstance(size, int))
+    for size in sizes:
+        if not isinstance(size, int):
+            result = make("call_function", operator.mul, (size, result), {})
+    return result
 
 
 def _holds_nodes(arguments: Any) -> bool:

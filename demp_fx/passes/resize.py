@@ -8,6 +8,7 @@ sizes, and keep their old value where they are used as numbers (`head_dim ** -0.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import MADE, MADE_LIKE, called
+from demp_fx.calls import COUNTS, MADE, MADE_LIKE, called
 from demp_fx.errors import DempError
 from demp_fx.passes.plan import Literal
 
@@ -71,7 +72,7 @@ class Sizes:
         return self._followed[given]
 
     def _worked_out(self, given: fx.Node) -> Any:
-        if called(given) in ASKS and isinstance(given.args[0], fx.Node):
+        if called(given) in ASKS | COUNTS and given.args and isinstance(given.args[0], fx.Node):
             return self._asked(given)
         arguments = [self.follows(a) for a in given.args]
         if given.op != "call_function" or given.kwargs or any(a is None for a in arguments):
@@ -80,13 +81,16 @@ class Sizes:
         return given.target(*arguments) if plain else None  # type: ignore[operator]
 
     def _asked(self, node: fx.Node) -> Any:
-        """`x.shape`, `x.size()` or `x.size(d)` of the narrow x."""
+        """`x.shape`, `x.size()`, `x.size(d)` or `x.numel()` of the narrow x, or `shape.numel()`."""
         source, *rest = node.args
         assert isinstance(source, fx.Node)
         if not isinstance(self.env[source], Tensor):
-            return None
+            shape = self.follows(source) if called(node) in COUNTS else None
+            return math.prod(shape) if isinstance(shape, tuple) else None
         new = self.new(source)
         shape = tuple(new.get(d, n) for d, n in enumerate(self.env[source].shape))
+        if called(node) in COUNTS:
+            return math.prod(shape)
         if node.target is getattr:
             return shape if rest == ["shape"] else None
         dim = rest[0] if rest else node.kwargs.get("dim")

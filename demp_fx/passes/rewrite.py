@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import called
+from demp_fx.calls import COUNTS, called
 from demp_fx.passes.count import recount
-from demp_fx.passes.frozen import COUNTS, restored
+from demp_fx.passes.frozen import restored
 from demp_fx.passes.plan import (
     Frozen,
     Gather,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from demp_fx.calls import called
-from demp_fx.passes.frozen import COUNTS, restored
+from demp_fx.calls import COUNTS, called
+from demp_fx.passes.frozen import restored
 from demp_fx.passes.plan import Frozen, Literal
 from demp_fx.passes.resize import ASKS, SIZED, Sizes
 
@@ -18,7 +18,7 @@ def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
     """Nodes that hold a size that gets smaller, or a number or list computed from one."""
     changed: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if called(node) in ASKS | COUNTS and sizes.masks(node.args[0]):
+        if called(node) in ASKS | COUNTS and node.args and sizes.masks(node.args[0]):
             found = _asks(node, sizes)
         elif not changed or not any(n in changed for n in node.all_input_nodes):
             continue
@@ -100,8 +100,9 @@ def _changes(node: fx.Node, sizes: Sizes) -> dict[str, list[tuple[int, int] | No
     found: dict[str, list[tuple[int, int] | None]] = {}
     waiting = [node]
     for n in waiting:
-        if n in sizes.changed and called(n) in ASKS | COUNTS and _asks(n, sizes):
-            source: Any = n.args[0]
+        source: Any = n.args[0] if n.args else None
+        of_a_tensor = called(n) in ASKS | COUNTS and isinstance(sizes.env.get(source), Tensor)
+        if n in sizes.changed and of_a_tensor and _asks(n, sizes):
             new = sizes.new(source)
             found[n.name] = [
                 (size, new[d]) if d in new else None

@@ -72,8 +72,8 @@ def _widths(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> list[
     widths = []
     for name, layer in old.items():
         twin = new.get(name)
-        weight = layer._parameters.get("weight")
-        narrow = twin._parameters.get("weight") if twin is not None else None
+        weight = dict(layer._parameters).get("weight")
+        narrow = dict(twin._parameters).get("weight") if twin is not None else None
         if not isinstance(weight, nn.Parameter) or weight.dim() < 2:
             continue
         if isinstance(narrow, nn.Parameter):

@@ -231,6 +231,10 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     dtype = None if precision == "own" else torch.float64
     tables: list[dict[str, Any]] = [part._parameters, part._buffers]
     before = [dict(table) for table in tables]
+    if isinstance(part, torch.jit.ScriptModule):
+        with _inside([t for table in before for t in table.values()], dtype):
+            yield []
+        return
     kept = []
     if precision == "ops" and not isinstance(part, nn.RNNBase):
         kept = [t for t in before[0].values() if t is not None and t.dim() > 1]
@@ -245,3 +249,16 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     finally:
         for table, saved in zip(tables, before, strict=True):
             table.update(saved)
+
+
+@contextmanager
+def _inside(tensors: list[Tensor], dtype: torch.dtype | None) -> Iterator[None]:
+    """The same for TorchScript, whose tables nobody can write to: the tensors get other numbers."""
+    before = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.to(dtype if t.is_floating_point() else None, copy=True)
+        yield
+    finally:
+        for t, data in zip(tensors, before, strict=True):
+            t.data = data

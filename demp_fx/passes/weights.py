@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -97,6 +98,8 @@ class Weights:
     def module(self, old: nn.Module) -> nn.Module:
         """The narrow copy of a layer or container, and of all that is in it."""
         new = self.modules.get(id(old))
+        if isinstance(old, torch.jit.ScriptModule):  # nobody can exchange what is in it
+            new = self.modules.setdefault(id(old), copy.deepcopy(old))
         if new is None:
             new = self.modules[id(old)] = self.fill(shallow(old), old)
             if "parametrizations" in old._modules:

@@ -57,6 +57,8 @@ def why_tree(found: Explanation) -> Tree:
         if reason.carriers:
             branch.add(escape(f"carried by {', '.join(reason.carriers)}"))
         _stops(branch, reason)
+    if not found.axes:
+        tree.add("has no channels that could go: it stays as it is")
     return tree
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from demp_fx.tracing.proxies import KnownAttribute, KnownProxy, TensorProxy
 
 _is_a = isinstance
-_FOR_OTHERS = {"torch._jit_internal"}  # where torch asks on behalf of a model's code
+# Where torch asks on behalf of a model's code, or is a part of it.
+_FOR_OTHERS = ("torch._jit_internal", "torch.ao.pruning.")
 _PROXIES = {KnownProxy: Tensor, KnownAttribute: Tensor, TensorProxy: nn.Parameter}
 
 
@@ -28,7 +29,7 @@ def _isinstance(value: Any, kinds: Any) -> bool:
     if type(value) not in _PROXIES or not issubclass(_PROXIES[type(value)], kinds):
         return False
     asks = sys._getframe(1).f_globals.get("__name__", "")
-    plain = asks.startswith("torch.") and asks not in _FOR_OTHERS
+    plain = asks.startswith("torch.") and not asks.startswith(_FOR_OTHERS)
     return not plain and _is_a(value.known(), Tensor)
 
 

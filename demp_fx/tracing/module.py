@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,32 +58,49 @@ class _Reference:
     name: str
 
 
-def _to_reference(argument: Any) -> Any:
-    return _Reference(argument.name) if isinstance(argument, fx.Node) else argument
-
-
 @dataclass(frozen=True)
-class _Op:
-    """An ATen op, which does not pickle, by its name: "aten", "view", "default"."""
+class _Found:
+    """What does not pickle, by the way to it: "torch", "ops", "aten", "view", "default".
+
+    Besides ATen ops these are torch's own closures, such as `F.max_pool2d`, and memory formats.
+    """
 
     path: tuple[str, ...]
 
 
+def _to_reference(argument: Any) -> Any:
+    if isinstance(argument, torch.memory_format):
+        return _Found(tuple(str(argument).split(".")))
+    return _Reference(argument.name) if isinstance(argument, fx.Node) else argument
+
+
 def _to_name(target: Any) -> Any:
     if isinstance(target, torch._ops.OpOverload):
-        return _Op((target.namespace, target._opname, target._overloadname))
+        return _Found(("torch", "ops", target.namespace, target._opname, target._overloadname))
+    if "<locals>" in getattr(target, "__qualname__", ""):
+        named = _Found((target.__module__, target.__name__))
+        return named if _at(named, None) is target else target
     return target
+
+
+def _at(place: _Found, *default: Any) -> Any:
+    home, *path = place.path
+    start = importlib.import_module(home)
+    return functools.reduce(lambda owner, name: getattr(owner, name, *default), path, start)
+
+
+def _meant(nodes: dict[str, fx.Node], stored: Any) -> Any:
+    if isinstance(stored, _Reference):
+        return nodes[stored.name]
+    return _at(stored) if isinstance(stored, _Found) else stored
 
 
 def _restore(class_name: str, body: dict[str, Any], rows: list[tuple[Any, ...]]) -> TracedModule:
     """Undo `TracedModule.__reduce__`: fx itself would trace the code again, for one mode only."""
-    graph, nodes = fx.Graph(), {}
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for op, target, args, kwargs, name, source in rows:
-        args, kwargs = fx.node.map_aggregate(
-            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Reference) else a
-        )
-        if isinstance(target, _Op):
-            target = functools.reduce(getattr, target.path, torch.ops)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), functools.partial(_meant, nodes))
+        target = _meant(nodes, target)
         nodes[name] = graph.create_node(op, target, args, kwargs, name)
         nodes[name].meta.update({} if source is None else {"source": source})
     root = nn.Module()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from demp_fx.tracing.values import UNKNOWN
@@ -53,7 +54,11 @@ class _Whole(int, metaclass=_Int):
 @contextmanager
 def sizes_stay(root: nn.Module) -> Iterator[None]:
     """Meanwhile the code around the forwards of `root`'s modules finds these under the names."""
-    forwards = {inspect.unwrap(type(module).forward) for module in root.modules()}
+    forwards = {
+        inspect.unwrap(type(module).forward)
+        for module in root.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    }
     spaces = {id(space): space for f in forwards if (space := getattr(f, "__globals__", None))}
     with ExitStack() as stack:
         for space in spaces.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 import demp_fx
 from demp_fx.channels.explain import NEEDED, AxisReason
@@ -94,6 +96,17 @@ def test_an_answer_reads_as_text() -> None:
 def test_a_name_that_is_not_there_gets_the_nearest_ones() -> None:
     with pytest.raises(UsageError, match=r"there is .*conv"):
         analyzed(Residual(), 1, 3, 8, 8).explain("convv")
+
+
+def test_a_parameter_without_channels_has_an_answer_too() -> None:
+    net = nn.Sequential(nn.Linear(6, 1))
+    net.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    net[0].register_parameter("tied", net[0].weight)
+    deps = analyzed(net, 2, 6)
+    for name in ("0.bias", "unused"):
+        assert "has no channels" in str(deps.explain(name))
+    for name in ("0", "0.tied"):
+        assert [str(r.axis) for r in deps.explain(name).axes] == ["0.weight[1]"]
 
 
 def test_a_value_that_no_parameter_is_tied_to_has_a_group() -> None:

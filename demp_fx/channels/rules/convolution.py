@@ -185,9 +185,19 @@ def grouped(walk: Stream, call: Call) -> None:
     )  # fmt: skip
     offset = offset_of(walk, bias, out.size(1))
     known = None
-    if walk.with_facts and not transposed and offset is not None:
-        known = _channelwise(walk, weight, None, offset, 1, padded=True)
+    if walk.with_facts and offset is not None:
+        known = (_silent(walk, weight, groups, offset) if transposed
+                 else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
     walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
+
+
+def _silent(walk: Stream, weight: Tensor, groups: int, offset: Tensor) -> Facts | None:
+    """Outputs of a transposed convolution whose filters are zero: they are the bias."""
+    real = walk.value(weight).data
+    if real is None or real.is_meta:
+        return None
+    filters = real.unflatten(0, (groups, -1)).movedim(2, 1)  # by group: outputs, then inputs
+    return Facts.of(~(filters != 0).flatten(2).any(2).reshape(-1).cpu(), offset.expand(2, -1))
 
 
 RULES: dict[str, Rule] = {"aten::convolution": convolution}

@@ -28,6 +28,7 @@ FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 FUNCTIONS |= {"efficientnet_pytorch.utils.SwishImplementation"}
 PRODUCTS = {"aten::mul", "aten::mul_"}
+QUOTIENTS = {"aten::div", "aten::div_"}  # 0 / 0 is no number: what gives numbers has none of it
 # A mask, and the two values that it chooses between, by the names of the arguments.
 CHOICES = {"aten::where": ("condition", "self", "other"),
            "aten::masked_fill": ("mask", "self", "value")}  # fmt: skip
@@ -132,7 +133,8 @@ def _blockwise(
 
 def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     """Run the op on what is known of its operands (a product with a known zero is zero)."""
-    if not (out.is_floating_point() or out.is_complex()):
+    logical = all(t.dtype == torch.bool for t in (out, *call.tensors))  # rounding flips comparisons
+    if not (out.is_floating_point() or out.is_complex() or logical):
         return None
     found = [walk.value(t).facts for t in call.tensors]
     chosen = _chosen(walk, call)
@@ -141,16 +143,18 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     facts = [f for f in found if f is not None]
     if not facts:
         return None
+    name = call.op._schema.name
     if len(facts) < len(found):
-        zeros = [f for f in facts if bool(f.zero.any())]
-        return _annihilated(zeros, out) if call.op._schema.name in PRODUCTS else None
+        zeros = {**dict.fromkeys(PRODUCTS, found), **dict.fromkeys(QUOTIENTS, found[:1])}
+        return _annihilated([f for f in zeros.get(name, ()) if f is not None], out)
     facts = same_place(facts)
     known = functools.reduce(torch.logical_and, [f.flat for f in facts])
     values = _run(call, [f.values for f in facts])
     if walk.running.sized:  # what depends on a size of the example is no constant
         known &= (values == _run(call, [f.values for f in facts], moved=0.5)).all(0)
-    if call.op._schema.name in PRODUCTS:
-        zero = functools.reduce(torch.logical_or, [f.zero for f in facts])
+    if name in PRODUCTS | QUOTIENTS and len(facts) > 1:
+        one, other = facts
+        zero = one.zero | other.zero if name in PRODUCTS else one.zero & ~other.known
         known, values = known | zero, torch.where(zero, 0.0, values)
     elif len(facts) == 1:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
@@ -198,7 +202,8 @@ def _run(call: Call, values: list[Tensor], moved: float = 0.0) -> Tensor:
             return [swap(x) for x in a]
         if not isinstance(a, Tensor):
             return a + moved if moved and type(a) in (int, float) else a
-        return next(feed).to(torch.complex128 if a.is_complex() else torch.float64, copy=True)
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        return next(feed).to(a.dtype if a.dtype == torch.bool else wide, copy=True)
 
     args = [swap(a) for a in call.args]
     kwargs = {k: swap(a) for k, a in call.kwargs.items() if k not in ("device", "dtype")}
