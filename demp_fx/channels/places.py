@@ -252,7 +252,8 @@ class Places(Stream):
             value.known = mixed(value.facts, value.labels, tensor.dim(), writes, origin)
         else:
             value.known = None
-        value.vector, value.never_negative, value.blank = False, False, frozenset()
+        value.vector = value.never_negative = value.positive = False
+        value.blank = frozenset()
         value.rows = value.shares = value.never_positive = value.data = None
         if fills or holds:
             value.version = self.version(tensor)

@@ -18,6 +18,7 @@ from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.shares import shares_of
+from demp_fx.channels.signs import is_never_negative, is_positive
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write, memory_of
@@ -155,11 +156,16 @@ class Stream(TorchDispatchMode):
         """Apply the rule of a call if anything is known of what goes into it, or nothing does."""
         values = [self.value(tensor) for tensor in call.tensors]
         makes = not values or call.op._schema.name.startswith(NEW)
+        makes |= self.follows and call.op is torch.ops.aten.expand.default
         if makes or any(v.labels or v.known is not None or v.vector for v in values):
             self._apply(call, values)
         shares = shares_of(call, values[0], self.masked) if values else None
         if shares is not None:
             self.value(call.outputs[0]).shares = shares
+        if self.with_facts and values and call.outputs:
+            value = self.value(call.outputs[0])
+            value.never_negative = is_never_negative(call, values[0])
+            value.positive = is_positive(call, values[0])
 
     def _apply(self, call: Call, before: list[Value]) -> None:
         self.applied += bool(call.tensors)
