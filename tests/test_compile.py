@@ -126,6 +126,27 @@ def test_the_original_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_a_module_that_stays_whole_writes_down_is_not_that_of_a_trial() -> None:
+    class Counts(nn.Module):
+        """Cannot be traced, and can be run on numbers only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.sums, self.last = torch.zeros(3), torch.zeros(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.sums[0] = x.sum()
+            self.last = x
+            return x if x.sum() > 0 else -x
+
+    model = nn.Sequential(nn.Linear(4, 4), Counts(), nn.Linear(4, 2))
+    demp_fx.compile(model, torch.randn(2, 4))
+    counts = model[1]
+    assert (counts.calls, counts.sums.sum(), counts.last.tolist()) == (0, 0, [0, 0, 0])
+
+
 def test_what_the_forward_keeps_of_an_image_is_not_that_of_a_trial() -> None:
     class Windows(nn.Module):
         """Narrows its windows for good once an image is smaller than they are."""

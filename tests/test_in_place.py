@@ -139,3 +139,43 @@ def test_channels_that_are_written_into_themselves_may_go(read: bool, width: int
     narrow = demp_fx.compile(net, (x,), cuts="always").module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("a.weight").shape[0] == width
+
+
+class Caches(nn.Module):
+    """Attention over keys that are kept in a cache, which is a buffer or a mere attribute.
+
+    `moves`: whether the cache is assigned anew, as code does that takes it to another device.
+    """
+
+    def __init__(self, buffer: bool, moves: bool) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.moves = moves
+        self.query, self.key, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.cache: Tensor
+        if buffer:
+            self.register_buffer("cache", torch.zeros(9, 16, 2, 4))
+        else:
+            self.cache = torch.zeros(9, 16, 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, steps, _ = x.shape
+        query, key = (layer(x).view(batch, steps, 2, 4) for layer in (self.query, self.key))
+        if self.moves:
+            self.cache = self.cache.to(key)
+        self.cache[:batch, :steps] = key
+        keys = self.cache[:batch, :steps]
+        mixed = (query @ keys.transpose(-1, -2)).softmax(-1) @ keys
+        result: Tensor = self.head(mixed.reshape(batch, steps, 8))
+        return result
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+@pytest.mark.parametrize("moves", [True, False])
+def test_what_a_cache_held_before_says_nothing(buffer: bool, moves: bool) -> None:
+    net, x = Caches(buffer, moves), torch.randn(2, 5, 6)
+    narrow = demp_fx.compile(net, (x,)).module
+    assert not net.cache.any()  # nobody's numbers are left in it
+    with torch.no_grad():
+        for other in (x, torch.randn(3, 4, 6)):
+            torch.testing.assert_close(narrow(other), net(other))

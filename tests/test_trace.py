@@ -539,6 +539,24 @@ def test_a_number_chosen_by_training_follows_train_and_eval(mode: bool) -> None:
         torch.testing.assert_close(graph(tensor(5, 3, 4)), expected, rtol=0, atol=0)
 
 
+def test_a_tensor_that_is_an_attribute_is_sliced_as_long_as_the_input() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.randn(9, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.table = self.table.to(x.device)
+            return x + self.table[: x.size(1)]
+
+    model = nn.Sequential(Places(), Places())
+    graph = demp_fx.trace(model, tensor(2, 5, 4))
+    assert graph.meta["demp_fx"].opaque == {}
+    for size in (5, 8):
+        x = tensor(3, size, 4)
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
 def test_what_forward_keeps_on_its_modules_is_no_proxy_afterwards() -> None:
     class Lazy(nn.Module):
         def __init__(self) -> None:

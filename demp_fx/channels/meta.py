@@ -61,8 +61,9 @@ Twins = tuple[dict[int, tuple[str, Tensor]], Callable[[], AbstractContextManager
 def on_meta(graph: fx.GraphModule) -> Iterator[Twins]:
     """Swap every parameter and buffer for a meta twin, and all modules to eval mode, meanwhile.
 
-    Yields id(twin) -> (name, real tensor), and a context in which the real ones are back. Twins of
-    tied tensors are one, under the first name. TorchScript lets nobody swap what is in it.
+    Yields id(twin) -> (name, real tensor), and a context in which the real ones are back (of
+    buffers copies, as code may write into them). Twins of tied tensors are one, under the first
+    name. TorchScript lets nobody swap what is in it.
     """
     twins: dict[int, Tensor] = {}
     names: dict[int, tuple[str, Tensor]] = {}
@@ -85,9 +86,12 @@ def on_meta(graph: fx.GraphModule) -> Iterator[Twins]:
     @contextmanager
     def real() -> Iterator[None]:
         restore()
+        for module, _, buffers, _ in saved:
+            module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
         try:
             yield
         finally:
+            restore()
             swap()
 
     try:

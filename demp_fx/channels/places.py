@@ -219,7 +219,7 @@ class Places(Stream):
         """See whether what a node has given was written into since. (That is no part of what its
         reader records, and stays where that is forgotten.)"""
         tensor = self.env[n]
-        if isinstance(tensor, Tensor) and n.op != "get_attr":
+        if isinstance(tensor, Tensor):
             value = self.value(tensor)
             if value.version != self.version(tensor):
                 self._stale(n, value)
@@ -252,8 +252,9 @@ class Places(Stream):
             value.known = mixed(value.facts, value.labels, tensor.dim(), writes, origin)
         else:
             value.known = None
-        value.vector, value.never_negative, value.blank = False, False, frozenset()
-        value.rows = value.shares = value.never_positive = None
+        value.vector = value.never_negative = value.positive = False
+        value.blank = frozenset()
+        value.rows = value.shares = value.never_positive = value.data = None
         if fills or holds:
             value.version = self.version(tensor)
 

@@ -20,6 +20,7 @@ from demp_fx.channels.labels import Labels, along, same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.running import Running
 from demp_fx.channels.shares import shares_of
+from demp_fx.channels.signs import is_never_negative, is_positive
 from demp_fx.channels.system import Axis, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write, memory_of
@@ -28,9 +29,9 @@ from demp_fx.shapes import Shape, shape_of
 from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.source import first_line
 
-# How ops are called that take no more of their operand than its dtype, or a number of the code's.
-NEW = ("aten::new_", "aten::lift_fresh")
-REPEATS = ("aten::expand",)  # what holds the same along an axis can have channels there
+# How ops are called that take no more of their operand than its dtype, or a number of the code's;
+# and what holds the same along an axis, which can have channels there.
+NEW = ("aten::new_", "aten::lift_fresh", "aten::expand")
 EMPTY = torch.ops.aten.empty.memory_format
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
@@ -156,12 +157,16 @@ class Stream(TorchDispatchMode):
     def _meet(self, call: Call) -> None:
         """Apply the rule of a call if anything is known of what goes into it, or nothing does."""
         values = [self.value(tensor) for tensor in call.tensors]
-        makes = not values or call.op._schema.name.startswith((*NEW, *REPEATS))
+        makes = not values or call.op._schema.name.startswith(NEW)
         if makes or any(v.labels or v.known is not None or v.vector for v in values):
             self._apply(call, values)
         shares = shares_of(call, values[0], self.running) if values else None
         if shares is not None:
             self.value(call.outputs[0]).shares = shares
+        if self.with_facts and values and call.outputs:
+            value = self.value(call.outputs[0])
+            value.never_negative = is_never_negative(call, values[0])
+            value.positive = is_positive(call, values[0])
 
     def _apply(self, call: Call, before: list[Value]) -> None:
         self.applied += bool(call.tensors)

@@ -24,8 +24,8 @@ class Value:
     are its numbers, read when they are asked for; `rows`: tells which of its rows are all zero.
     `shares`: the dim along which it sums to one. `blank`: dims along which it holds the same, as
     often as the sizes want that it is given. `table`: it is computed from parameters and
-    buffers alone. `never_negative`: no element ever is; `never_positive`: those that never are, a
-    mask that broadcasts.
+    buffers alone. `never_negative`: no element ever is, `positive`: all are above zero;
+    `never_positive`: those that never are, a mask that broadcasts.
     """
 
     labels: Labels = ()
@@ -38,6 +38,7 @@ class Value:
     blank: frozenset[int] = frozenset()
     table: bool = False
     never_negative: bool = False
+    positive: bool = False
     never_positive: Tensor | None = None
 
     @property

@@ -37,6 +37,7 @@ from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
 from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import is_end
 from demp_fx.trees import tensors_of
 
@@ -80,7 +81,8 @@ class Walk(Places):
         """
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
-        with torch.no_grad(), without_collection(), on_meta(self.graph) as twins:
+        with (torch.no_grad(), without_collection(), preserved(self.graph),
+              on_meta(self.graph) as twins):  # fmt: skip
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 self.site = Site(str(node.op), node.name, node.meta.get("source"))

@@ -225,24 +225,25 @@ def difference(expected: Any, found: Any) -> float:
 
 @contextmanager
 def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
-    """Copies in a module's own tables, in float64 unless in their "own" dtype; buffers come back as
-    they were, not as updated. With "ops", weights stay what they are: those are returned (but none
-    of recurrent layers, which ask their dtype)."""
+    """Copies in a module's own tables, in float64 unless in their "own" dtype. Buffers come back as
+    they were, not as updated, and so do tensors that are attributes, which are buffers of the
+    narrow module. With "ops", weights stay what they are: those are returned (but none of recurrent
+    layers, which ask their dtype)."""
     dtype = None if precision == "own" else torch.float64
-    tables: list[dict[str, Any]] = [part._parameters, part._buffers]
-    before = [dict(table) for table in tables]
+    tables: list[dict[str, Any]] = [part._parameters, part._buffers, vars(part)]
+    before = [{k: t for k, t in table.items() if isinstance(t, Tensor)} for table in tables]
     if isinstance(part, torch.jit.ScriptModule):
         with _inside([t for table in before for t in table.values()], dtype):
             yield []
         return
     kept = []
     if precision == "ops" and not isinstance(part, nn.RNNBase):
-        kept = [t for t in before[0].values() if t is not None and t.dim() > 1]
+        kept = [t for t in before[0].values() if t.dim() > 1]
     whole = {id(t) for t in kept}
     try:
-        for table in tables:
-            for key, tensor in table.items():
-                if tensor is not None and id(tensor) not in whole:
+        for table, saved in zip(tables, before, strict=True):
+            for key, tensor in saved.items():
+                if id(tensor) not in whole:
                     to = dtype if tensor.is_floating_point() else None
                     table[key] = tensor.detach().to(to, copy=True)
         yield kept

@@ -1,17 +1,50 @@
-"""What a forward assigns to attributes of its modules: averages in buffers, losses for later."""
+"""What a forward writes to attributes of its modules: averages in buffers, caches, losses."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
+from demp_fx.tracing.functions import proxy_in
 from demp_fx.tracing.proxies import Flag
 from demp_fx.tracing.source import quoted
 
 if TYPE_CHECKING:
     from demp_fx.tracing.tracer import Tracer
+
+
+@contextmanager
+def items_as_nodes(tracer: Tracer) -> Iterator[None]:
+    """Meanwhile items of a tensor that a module has as an attribute are nodes where a proxy is the
+    index, or is assigned to them: caches and tables need not be buffers."""
+    kind: Any = Tensor
+    get, put = kind.__getitem__, kind.__setitem__
+
+    def records(tensor: Tensor, given: tuple[Any, ...]) -> bool:
+        own = not tracer.values.busy and any(tensor is t for t in tracer.plain.values())
+        return own and proxy_in(given) is not None
+
+    def getitem(self: Tensor, index: Any) -> Any:
+        if records(self, (index,)):
+            return tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        return get(self, index)
+
+    def setitem(self: Tensor, index: Any, value: Any) -> None:
+        if records(self, (index, value)):
+            tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+        else:
+            put(self, index, value)
+
+    kind.__getitem__, kind.__setitem__ = getitem, setitem
+    try:
+        yield
+    finally:
+        del kind.__getitem__, kind.__setitem__
 
 
 def keep_assigned(tracer: Tracer) -> None:

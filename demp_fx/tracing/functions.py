@@ -54,12 +54,15 @@ class Apply:
         return Apply, (self.function,)
 
 
-def _proxy_in(arguments: Iterable[Any]) -> fx.Proxy | None:
+def proxy_in(arguments: Iterable[Any]) -> fx.Proxy | None:
+    """The first proxy among arguments, or in a list, tuple or slice among them."""
     for argument in arguments:
         if isinstance(argument, fx.Proxy):
             return argument
+        if isinstance(argument, slice):
+            argument = (argument.start, argument.stop, argument.step)
         if isinstance(argument, (tuple, list)):
-            found = _proxy_in(argument)
+            found = proxy_in(argument)
             if found is not None:
                 return found
     return None
@@ -70,7 +73,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        proxy = _proxy_in((*args, *kwargs.values()))
+        proxy = proxy_in((*args, *kwargs.values()))
         if proxy is None:
             return function(*args, **kwargs)
         return proxy.tracer.create_proxy("call_function", function, args, kwargs)
@@ -161,7 +164,7 @@ def scripts_as_python() -> Iterator[None]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         written = getattr(self, "_torchdynamo_inline", None)  # where torch.compile looks for it
-        proxies = _proxy_in((*args, *kwargs.values())) is not None
+        proxies = proxy_in((*args, *kwargs.values())) is not None
         return written(*args, **kwargs) if written and proxies else compiled(self, *args, **kwargs)
 
     kind.__call__ = call

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
 from demp_fx.tracing.arguments import in_place, spelled_out
-from demp_fx.tracing.assigned import keep_assigned
+from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.functions import (
@@ -72,6 +72,7 @@ class Tracer(Decisions):
         opaque: see `TraceNotes`.
         chosen: the modules in `opaque` that are meant to be left whole.
         forks: the modules that were left whole for this.
+        plain: the tensors that modules have as attributes, and not as buffers, by name.
     """
 
     proxy_buffer_attributes = True
@@ -91,6 +92,7 @@ class Tracer(Decisions):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
         self.names: dict[int, str] = {}
+        self.plain: dict[str, Tensor] = {}
         self.state = dict(named_state(root))
         for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
@@ -100,7 +102,7 @@ class Tracer(Decisions):
         with (
             preserved(root), as_nodes(self), aten_as_nodes(self), batch_norms_in_parts(),
             checks_of_proxies(), distributions_of_proxies(), variables_of_proxies(),
-            regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
+            regions_as_nodes(self), sizes_stay(root), scripts_as_python(), items_as_nodes(self),
         ):  # fmt: skip
             set_modes(self.flags)
             try:
@@ -118,7 +120,9 @@ class Tracer(Decisions):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        self.values = Values(self.root, self.graph, self.modes, self.flags, self.state)
+        self.plain = {name: t for t, name in self.tensor_attrs.items() if isinstance(t, Tensor)}
+        state = {**self.state, **self.plain}
+        self.values = Values(self.root, self.graph, self.modes, self.flags, state)
         code = inspect.unwrap(root_fn).__code__
         self.entry = f"{code.co_filename}:{code.co_firstlineno}"
         arguments = self.bound.arguments

@@ -83,7 +83,8 @@ class Values(fx.Interpreter):
         graph: the graph so far; the values of its placeholders have to be put into `env`.
         modes: the true train()/eval() flags of all modules.
         flags: the proxies that stand for them.
-        state: the parameters and buffers by name; forward may have assigned to them since.
+        state: the parameters, buffers and other tensors that modules have as attributes, by name;
+            forward may have assigned to them since.
     """
 
     def __init__(

@@ -55,6 +55,11 @@ MOVEMENT: dict[str, Op] = {
     "index_put_mask": lambda x: x.index_put((x > 0.2,), torch.tensor(0.7, dtype=x.dtype)),
     "index_put_rows_mask": lambda x: x.index_put((x.mean((1, 2, 3)) > 0,),
                                                  torch.tensor(0.7, dtype=x.dtype)),
+    "masked_places": lambda x: x.movedim(1, 3)[x.mean(1) > 0][..., None, None],
+    "masked_places_written": lambda x: _written(x.movedim(1, 3), lambda y: y.__setitem__(
+        x.mean(1) > 0, y[x.mean(1) > 0] + 1)).movedim(3, 1),
+    "masked_rows_written": lambda x: _written(x, lambda y: y.__setitem__(
+        x.mean((1, 2, 3)) > 0, y[x.mean((1, 2, 3)) > 0] + 1)),
     "in_place_bool": lambda x: _written(x, lambda y: y.__setitem__(x < 0, -1.0)),
     "in_place_rows_of_ones": lambda x: _written(torch.ones_like(x), lambda y: y[:, :, 1:].copy_(
         x[:, :, :-1])),

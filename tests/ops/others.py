@@ -63,6 +63,8 @@ OTHERS: dict[str, Op] = {
     "maximum_of_halves": lambda x: torch.maximum(x[:, :4], x[:, 4:]),
     "glu": lambda x: F.glu(x, 1),
     "cross_entropy_like": lambda x: x.logsumexp(1, keepdim=True),
+    "norm_of_inverses": lambda x: x + x.norm(-1, dim=1, keepdim=True),
+    "divided_by_what_may_be_zero": lambda x: x / (x.norm(dim=1, keepdim=True) - 0.1),
     "norm": lambda x: x.norm(dim=1, keepdim=True),
     "add_index": lambda x: x + torch.arange(8.0, dtype=x.dtype).view(1, -1, 1, 1),
     "fill_slice": lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1),

@@ -75,6 +75,9 @@ ZERO_STAYS: dict[str, Op] = {
     "divided_in_place": lambda x: x.clone().div_(x.square().sum(1, keepdim=True).sqrt()),
     "divided_by_the_largest": lambda x: x / (x.abs().amax(1, keepdim=True) + 1e-6),
     "normalized": lambda x: F.normalize(x, dim=1),
+    "divided_by_a_norm_and_more": lambda x: x / (x.norm(dim=1, keepdim=True) + 1e-4),
+    "divided_by_a_root": lambda x: x / x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-4),
+    "divided_by_a_square": lambda x: x / (1 + (x * x).mean((2, 3), keepdim=True)),
     "doubled": lambda x: x + x,
     "squared": lambda x: x * x,
     "gated": lambda x: x * torch.sigmoid(x),
@@ -122,6 +125,7 @@ ZERO_STAYS: dict[str, Op] = {
     "swapped": lambda x: torch.cat([x[:, 4:], x[:, :4]], 1),
     "swapped_chunks": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
     "split_unequal": lambda x: torch.cat(x.split([3, 5], 1), 1),
+    "joined_with_nothing": lambda x: torch.cat([x, x.mul(0)], 1),
     "doubled_channels": lambda x: torch.cat([x, x], 1),
     "narrowed": lambda x: torch.cat([x.narrow(1, 0, 5), x.narrow(1, 5, 3)], 1),
     "softmax_space": lambda x: x * torch.softmax(x.flatten(2), 2).unflatten(2, (6, 6)),
@@ -160,6 +164,9 @@ ZERO_STAYS: dict[str, Op] = {
         .permute(2, 3, 0, 1)
     ),
     "index_put_mask": lambda x: x.index_put((x > 0.5,), torch.zeros((), dtype=x.dtype)),
+    "scaled_where_masked": lambda x: _written(
+        x.movedim(1, 3), lambda y: y.__setitem__(x.mean(1) > 0, 2 * y[x.mean(1) > 0])
+    ).movedim(3, 1),
     "new_zeros": lambda x: x + x.new_zeros(x.shape),
     "zeros": lambda x: x + torch.zeros(x.shape, dtype=x.dtype),
     "ones": lambda x: x * torch.ones(x.shape, dtype=x.dtype),

@@ -81,7 +81,9 @@ def couple(dims_of: Dims, verb: str, keeps: str | None) -> Rule:
 
 def _inert(walk: Stream, call: Call) -> bool:
     """Whether nobody misses a zero here; in an average, if it is told how many there were."""
-    name = call.op._schema.name
+    name, orders = call.op._schema.name, (call.arg("ord"), call.arg("p"))
+    if any(isinstance(order, (int, float)) and order < 0 for order in orders):
+        return False  # a norm of numbers to a negative power
     return name in INERT or (name == "aten::mean" and walk.running.counted)
 
 

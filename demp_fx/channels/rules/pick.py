@@ -35,14 +35,13 @@ def index(walk: Stream, call: Call) -> None:
             if set(varying(label)) & set(dims):
                 walk.pin(call, label, "its rows are looked up")
         labels = tuple(t for t in labels if not set(varying(t)) & set(dims))
-    if unknown:
-        numbers = [torch.zeros(i.shape, dtype=torch.int64) for i in picks]
-    feed = iter(numbers)
-    args: tuple[Any, ...] = (x, call.args[1], numbers[0])
-    if given is not None and len(picks) == 1 and numbers[0] is not None and picks[0].dim() == 1:
-        args = (x, dims[0], numbers[0])
+    places = [somewhere(i) if unknown else [n] for i, n in zip(picks, numbers, strict=True)]
+    feed = iter(places)
+    args: tuple[Any, ...] = (x, call.args[1], places[0][0])
+    if given is not None and len(picks) == 1 and picks[0].dim() == 1:
+        args = (x, dims[0], places[0][0])
     elif given is not None:
-        args = (x, [None if i is None else next(feed) for i in given])
+        args = (x, [n for i in given for n in ([None] if i is None else next(feed))])
     if walk.with_facts and before.data is not None and not before.vector:
         facts = walk.slices(before.data, but=dims if unknown else ())
     elif (unknown or merged) and facts is not None:
@@ -50,6 +49,13 @@ def index(walk: Stream, call: Call) -> None:
     x.__dict__["demp"] = Value(labels, facts, version=before.version)
     move(walk, Call(call.op, args, {}, call.out, call.site))
     x.__dict__["demp"] = before
+
+
+def somewhere(index: Tensor) -> list[Tensor]:
+    """Numbers in the place of an index that is not known. A mask is one for each dim it has."""
+    if index.dtype == torch.bool:
+        return [torch.zeros(1, dtype=torch.int64)] * index.dim()
+    return [torch.zeros(index.shape, dtype=torch.int64)]
 
 
 def indexed(given: Sequence[Tensor | None]) -> list[int]:

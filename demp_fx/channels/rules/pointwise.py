@@ -11,7 +11,7 @@ from torch import Tensor
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
-from demp_fx.channels.rules.signs import is_never_negative, never_positive, rectified
+from demp_fx.channels.rules.signs import never_positive, rectified
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
@@ -28,7 +28,7 @@ FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
 FUNCTIONS |= {"efficientnet_pytorch.utils.SwishImplementation"}
 PRODUCTS = {"aten::mul", "aten::mul_"}
-QUOTIENTS = {"aten::div", "aten::div_"}  # 0 / 0 is no number: what gives numbers has none of it
+QUOTIENTS = {"aten::div", "aten::div_"}
 # A mask, and the two values that it chooses between, by the names of the arguments.
 CHOICES = {"aten::where": ("condition", "self", "other"),
            "aten::masked_fill": ("mask", "self", "value")}  # fmt: skip
@@ -45,7 +45,6 @@ def pointwise(walk: Stream, call: Call) -> None:
     sinking = never_positive(walk, call) if walk.with_facts else None
     for other in call.outputs:
         walk.give(other, labels if other.shape == out.shape else (), facts)
-    walk.value(out).never_negative = is_never_negative(call)
     walk.value(out).never_positive = sinking
 
 
@@ -136,6 +135,8 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     logical = all(t.dtype == torch.bool for t in (out, *call.tensors))  # rounding flips comparisons
     if not (out.is_floating_point() or out.is_complex() or logical):
         return None
+    if _times_zero(walk, call):
+        return Facts.zeros(torch.ones((1,) * out.dim(), dtype=torch.bool))
     found = [walk.value(t).facts for t in call.tensors]
     chosen = _chosen(walk, call)
     if chosen is not None:
@@ -143,23 +144,46 @@ def constants(walk: Stream, call: Call, out: Tensor) -> Facts | None:
     facts = [f for f in found if f is not None]
     if not facts:
         return None
-    name = call.op._schema.name
     if len(facts) < len(found):
-        zeros = {**dict.fromkeys(PRODUCTS, found), **dict.fromkeys(QUOTIENTS, found[:1])}
-        return _annihilated([f for f in zeros.get(name, ()) if f is not None], out)
+        zeros = [
+            f for f in _annihilating(walk, call, found) if f is not None and bool(f.zero.any())
+        ]
+        return _annihilated(zeros, out)
     facts = same_place(facts)
     known = functools.reduce(torch.logical_and, [f.flat for f in facts])
     values = _run(call, [f.values for f in facts])
     if walk.running.sized:  # what depends on a size of the example is no constant
         known &= (values == _run(call, [f.values for f in facts], moved=0.5)).all(0)
-    if name in PRODUCTS | QUOTIENTS and len(facts) > 1:
-        one, other = facts
-        zero = one.zero | other.zero if name in PRODUCTS else one.zero & ~other.known
+    if annihilating := _annihilating(walk, call, facts):
+        zero = functools.reduce(torch.logical_or, [f.zero for f in annihilating])
         known, values = known | zero, torch.where(zero, 0.0, values)
     elif len(facts) == 1:
         known |= facts[0].known & (values == 0).all(0) & facts[0].zero
     result = Facts.of(known, values)
     return None if result is None else result.aligned(out.dim())
+
+
+def _times_zero(walk: Stream, call: Call) -> bool:
+    numbers = [a for a in call.args if type(a) in (int, float)]
+    return call.op._schema.name in PRODUCTS and 0 in numbers and not walk.running.sized
+
+
+def _annihilating(walk: Stream, call: Call, operands: list[Any]) -> list[Any]:
+    """Those of the operands whose zeros make zeros of the result: factors, and what is divided."""
+    name = call.op._schema.name
+    if name in QUOTIENTS and len(call.tensors) == 2 and operands[0] is not None:
+        return operands[:1] if _divides(walk, call.tensors[1], operands[0]) else []
+    return operands if name in PRODUCTS else []
+
+
+def _divides(walk: Stream, divisor: Tensor, facts: Facts) -> bool:
+    """Whether zeros stay zeros where they are divided: by what is above zero, or by one number for
+    all channels (0 / 0 is none, but then none is left of the others, either)."""
+    value, shape = walk.value(divisor), facts.known.shape
+    shared = any(n > 1 for n in shape) and not any(
+        n > 1 and m > 1 for n, m in zip(reversed(shape), reversed(divisor.shape), strict=False)
+    )
+    return value.positive or (shared and value.facts is None)
 
 
 def _chosen(walk: Stream, call: Call) -> tuple[Facts | None, Facts | None] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, compress, varying
-from demp_fx.channels.rules.pick import indexed
+from demp_fx.channels.rules.pick import indexed, somewhere
 from demp_fx.channels.rules.pointwise import aligned, either
 from demp_fx.channels.stream import STRUCTURE, Rule, Stream
 from demp_fx.channels.value import Call
@@ -78,13 +78,15 @@ def put(walk: Stream, call: Call) -> None:
     picks = [i for i in given if i is not None]
     dims = set(indexed(given))
     if any(i.dtype == torch.bool for i in picks):
-        _mask(walk, call, x, picks, values)
-        return
+        if len(picks) > 1:
+            walk.leave(call, "numbers are put in places that only data tells")
+            return
+        if values.numel() == 1 and given[0] is not None:
+            _mask(walk, call, x, picks[0], values)
+            return
     for label in (x for i in picks for x in walk.value(i).labels):
         walk.pin(call, label, STRUCTURE)
-    zeros: list[Any] = [
-        None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in given
-    ]
+    zeros: list[Any] = [n for i in given for n in ([None] if i is None else somewhere(i))]
     target = aten.index.Tensor(
         torch.empty(x.shape, device="meta"), [None if z is None else z.to("meta") for z in zeros]
     )
@@ -105,12 +107,8 @@ def put(walk: Stream, call: Call) -> None:
     walk.give(call.outputs[0], tuple(kept), facts)
 
 
-def _mask(walk: Stream, call: Call, x: Tensor, picks: list[Tensor], values: Tensor) -> None:
+def _mask(walk: Stream, call: Call, x: Tensor, mask: Tensor, values: Tensor) -> None:
     """`x[mask] = number`: elementwise."""
-    mask = picks[0]
-    if len(picks) > 1 or call.args[1][0] is None or values.numel() > 1:
-        walk.leave(call, "numbers are put in places that only data tells")
-        return
     spread = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
     shapes = [(*label.shape, *[1] * (x.dim() - mask.dim())) for label in walk.value(mask).labels]
     found = zip(walk.value(mask).labels, shapes, strict=True)

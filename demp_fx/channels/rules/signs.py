@@ -6,25 +6,9 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.facts import Facts
+from demp_fx.channels.signs import rectifies
 from demp_fx.channels.stream import Stream
 from demp_fx.channels.value import Call
-
-_NEVER_NEGATIVE = {"aten::sigmoid", "aten::hardsigmoid", "aten::exp", "aten::softplus", "aten::abs",
-                   "aten::square"}  # fmt: skip
-_BOUNDS = {"aten::hardtanh": "min_val", "aten::clamp": "min", "aten::clamp_min": "min"}
-
-
-def rectifies(call: Call) -> bool:
-    """Whether an elementwise op makes everything negative zero: a ReLU under any name."""
-    name = call.op._schema.name.rstrip("_")
-    bound = _BOUNDS.get(name)
-    limit = None if bound is None else call.arg(bound)
-    return name == "aten::relu" or (not isinstance(limit, Tensor) and limit == 0)
-
-
-def is_never_negative(call: Call) -> bool:
-    """Whether the result of an elementwise op never is."""
-    return call.op._schema.name.rstrip("_") in _NEVER_NEGATIVE or rectifies(call)
 
 
 def never_positive(walk: Stream, call: Call) -> Tensor | None:
