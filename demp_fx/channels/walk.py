@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -81,7 +81,7 @@ class Walk(Places):
         """
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
-        with (torch.no_grad(), without_collection(), preserved(self.graph),
+        with (torch.no_grad(), without_collection(), preserved(_coded(self.graph)),
               on_meta(self.graph) as twins):  # fmt: skip
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
@@ -353,6 +353,11 @@ class Walk(Places):
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
+
+
+def _coded(graph: fx.GraphModule) -> Iterator[nn.Module]:
+    """Modules whose own code runs, and may write to what they hold."""
+    return (m for m in graph.modules() if not type(m).__module__.startswith("torch."))
 
 
 def _as_tensors(index: Any) -> Any:

@@ -195,7 +195,7 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.train(training)
-        with preserved(module), torch.no_grad(), ExitStack() as stack:
+        with preserved(module.modules()), torch.no_grad(), ExitStack() as stack:
             kept = [stack.enter_context(_swapped(part, precision)) for part in module.modules()]
             stack.enter_context(Still())
             if double:

@@ -101,7 +101,7 @@ class Exporter:
             Tensor, lambda t: t.to(dtype) if t.dtype == self.dtype else t, arguments
         )
         with (
-            preserved(self.model), in_mode(self.model, training), self._known_outputs(),
+            preserved(self.model.modules()), in_mode(self.model, training), self._known_outputs(),
             _parameters_in(self.model, self.dtype, dtype), _quiet(), inference_as_no_grad(),
         ):  # fmt: skip
             program = torch.export.export(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ _CONTAINERS = {dict, OrderedDict, list, set}
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Put back the attributes of all modules, and what dicts, lists, sets and tensors among them
+def preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back the attributes of these modules, and what dicts, lists, sets and tensors among them
     held: a forward may fill a cache there, which would hold proxies from now on. Constants of fx
     stay."""
-    before = [(m, dict(vars(m)), _contents(m), _numbers(m)) for m in model.modules()]
+    before = [(m, dict(vars(m)), _contents(m), _numbers(m)) for m in modules]
     try:
         yield
     finally:

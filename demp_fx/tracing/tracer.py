@@ -100,7 +100,7 @@ class Tracer(Decisions):
         self.modes = {m: m.training for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
-            preserved(root), as_nodes(self), aten_as_nodes(self), batch_norms_in_parts(),
+            preserved(root.modules()), as_nodes(self), aten_as_nodes(self), batch_norms_in_parts(),
             checks_of_proxies(), distributions_of_proxies(), variables_of_proxies(),
             regions_as_nodes(self), sizes_stay(root), scripts_as_python(), items_as_nodes(self),
         ):  # fmt: skip
