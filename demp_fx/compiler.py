@@ -52,6 +52,7 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+@torch.inference_mode(False)
 def compile(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -81,8 +82,8 @@ def compile(
     clock = _Clock()
     with clock("trace"):
         inputs = Inputs.of(example_inputs)
-        _check_finite(model)
         graph = trace_graph(model, example_inputs)
+        _check_finite(model)
     with clock("analyze"):
         walked = bare = walk(graph)
     samples, probe = 0, inputs

@@ -146,6 +146,8 @@ def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:
 
 def _checked(model: nn.Module) -> nn.Module:
     """`model`, unless it is known that no graph can be made of it."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the model has to be an nn.Module, not a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("a TorchScript module has no Python to trace: hand in the original module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

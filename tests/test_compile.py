@@ -105,6 +105,15 @@ def test_death_travels_backward_through_layers() -> None:
     assert result.module.get_parameter("conv1.weight").shape[0] == 6
 
 
+def test_inference_mode_around_it_does_not_matter() -> None:
+    model = Block().eval()
+    silence(model.norm, [0, 1, 2])
+    with torch.inference_mode():
+        module = demp_fx.compile(model, image(2, 3, 8, 8)).module
+    assert module.get_parameter("norm.weight").numel() == model.norm.num_features - 3
+    module(image(2, 3, 8, 8)).sum().backward()
+
+
 def test_nothing_dead_nothing_changed() -> None:
     model = Net()
     result = demp_fx.compile(model, image(2, 3, 8, 8))

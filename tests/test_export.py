@@ -429,3 +429,15 @@ def test_it_is_written_as_plain_torch(narrow: nn.Module) -> None:
 def test_inputs_keep_their_form() -> None:
     assert demp_fx.trace(Sized(F.relu), {"x": X}).meta["example_inputs"].kwargs["x"].shape == (4, 6)
     assert isinstance(demp_fx.trace(Sized(F.relu), X).meta["example_inputs"], Inputs)
+
+
+def test_what_torch_export_has_made_gets_narrower_in_the_mode_that_it_is_in() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).double()
+    with torch.no_grad():
+        model[1].weight[:3] = model[1].bias[:3] = 0
+    x = tensor(6, 4)
+    exported = torch.export.export(model.eval(), (x,)).module()
+    narrow = demp_fx.compile(exported, x).module
+    assert narrow.get_parameter("0.weight").shape == (5, 4)
+    torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)

@@ -71,7 +71,41 @@ def net() -> Net:
 X = tensor(6, 4)
 
 
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+        self.ends = nn.ModuleDict({"left": nn.Linear(4, 2), "right": nn.Linear(4, 3)})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return [end(x) for end in self.ends.values()]
+
+
 # --- names, hierarchy, modes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "twin", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
+             lambda m: demp_fx.compile(m, X).module],
+)  # fmt: skip
+def test_parts_are_found_as_in_the_model(twin: Any) -> None:
+    graph = twin(demp_fx.trace(Nested().double(), X))
+    assert isinstance(graph.blocks[1][0], nn.Linear)
+    assert isinstance(graph.blocks[-1][-1], nn.ReLU)
+    assert [len(block) for block in graph.blocks] == [2, 2]
+    assert graph.ends["right"].out_features == 3
+    assert demp_fx.trace(nn.Sequential(nn.Linear(4, 2)).double(), X)[0].out_features == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
+def test_torchscript_takes_what_is_handed_out() -> None:
+    model = Nested().double()
+    narrow = demp_fx.compile(model, X).module
+    for a, b in zip(torch.jit.script(narrow)(X), model(X), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_names_and_order_of_the_state_dict_are_the_models(net: Net) -> None:
@@ -1055,6 +1089,12 @@ def test_hooks_of_traced_modules_are_traced() -> None:
     model.inner.register_forward_hook(lambda module, args, output: 2 * output)
     model.register_forward_hook(lambda module, args, output: 3 * output)
     torch.testing.assert_close(demp_fx.trace(model, X)(X), 3 * (2 * X + 1))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    function: Any = torch.relu
+    with pytest.raises(UsageError, match="has to be"):
+        demp_fx.compile(function, X)
 
 
 def test_wrappers_and_unfinished_models_are_refused_with_advice() -> None:

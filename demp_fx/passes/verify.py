@@ -194,7 +194,7 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
         inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
     modes = [(m, m.training) for m in module.modules()]
     try:
-        module.train(training)
+        _follow(module, training)
         with preserved(module.modules()), torch.no_grad(), ExitStack() as stack:
             kept = [stack.enter_context(_swapped(part, precision)) for part in module.modules()]
             stack.enter_context(Still())
@@ -204,6 +204,15 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+def _follow(module: nn.Module, training: bool) -> None:
+    """Put a module into a mode; what torch.export has made refuses to be asked, and has but one."""
+    try:
+        module.train(training)
+    except NotImplementedError:
+        for part in module.modules():
+            part.training = training
 
 
 def difference(expected: Any, found: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +24,25 @@ class TraceNotes:
     exported: str = ""  # why torch.export made the graph, if it did
 
 
+class Parts(nn.Module):
+    """Stands for a Sequential, ModuleList or ModuleDict: what is in it is found as it was there."""
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        if str(key) in self._modules or isinstance(key, str):
+            return self.get_submodule(str(key))
+        return list(self.children())[key]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 class TracedModule(fx.GraphModule):
     """A GraphModule; its meta, node sources and buffers' persistence outlive copies and pickles."""
+
+    __getitem__ = Parts.__getitem__
 
     @property
     def code(self) -> str:
@@ -51,6 +69,9 @@ class TracedModule(fx.GraphModule):
                 (node.op, _to_name(node.target), args, kwargs, node.name, node.meta.get("source"))
             )
         return _restore, (type(self).__name__, body, rows)
+
+
+TracedModule.__jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "code"]
 
 
 @dataclass(frozen=True)
@@ -182,10 +203,15 @@ def _container(path: str, places: _Places) -> tuple[nn.Module, nn.Module]:
     return places[path]
 
 
+_NUMBERED = (nn.Sequential, nn.ModuleList, nn.ModuleDict, Parts)
+
+
 def _mirror(source: nn.Module, target: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
     seen[source] = target
     if target is source:
         return
+    if type(target) is nn.Module and isinstance(source, _NUMBERED):
+        target.__class__ = Parts
     constants = target._buffers.keys() - source._buffers.keys()
     children = target._modules
     vars(target).update(
