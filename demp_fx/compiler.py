@@ -75,7 +75,8 @@ def compile(
             where it "pays", "always" or "never".
 
     Raises:
-        UsageError: inputs that do not fit, weights that are not finite, an empty calibration set.
+        UsageError: inputs that do not fit, weights that are not finite (or not there), an empty
+            calibration set.
         TraceError: the model cannot be traced.
         VerificationError: the result differs from the original.
     """
@@ -83,7 +84,7 @@ def compile(
     with clock("trace"):
         inputs = Inputs.of(example_inputs)
         graph = trace_graph(model, example_inputs)
-        _check_finite(model)
+        _check_weights(model)
     with clock("analyze"):
         walked = bare = walk(graph)
     samples, probe = 0, inputs
@@ -134,11 +135,17 @@ def _inputs(batches: list[Any], graph: fx.GraphModule) -> Iterator[Inputs]:
     return read_batches(batches, device)
 
 
-def _check_finite(model: nn.Module) -> None:
-    """Infinities are fine in buffers alone: attention masks are made of them."""
+def _check_weights(model: nn.Module) -> None:
+    """They have numbers, and finite ones. Infinities are fine in buffers alone: attention masks are
+    made of them."""
     masks = dict(model.named_buffers())
     for name, tensor in (*model.named_parameters(), *masks.items()):
-        if tensor.is_floating_point() and not tensor.is_meta:
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} has no numbers (it is on the meta device): load the weights first; "
+                "demp_fx.analyze shows what is coupled without them"
+            )
+        if tensor.is_floating_point():
             if bool(tensor.detach().sum().isfinite()):  # one pass over sound weights
                 continue
             broken = tensor.isnan() if name in masks else ~tensor.isfinite()

@@ -496,6 +496,13 @@ def test_dict_and_tuple_inputs_and_outputs() -> None:
         assert result.report.verification is not None
 
 
+def test_weights_that_are_not_there_yet_are_asked_for() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with pytest.raises(UsageError, match=r"0\.weight has no numbers.*meta device.*analyze"):
+        demp_fx.compile(model, torch.zeros(1, 4))
+
+
 def test_weights_that_are_not_finite_are_refused_and_masks_are_not() -> None:
     model = Net()
     with torch.no_grad():
