@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import demp_fx
+from demp_fx.channels.facts import Facts
 from demp_fx.errors import UsageError
 from tests.report import networks
 from tests.report.networks import Residual
@@ -96,3 +97,10 @@ def test_analysis_changes_nothing_and_needs_no_weights_in_memory() -> None:
 def test_a_graph_without_example_inputs_is_refused() -> None:
     with pytest.raises(UsageError, match=r"demp_fx\.trace"):
         demp_fx.analyze(torch.fx.symbolic_trace(nn.Linear(2, 2)))
+
+
+def test_of_slices_without_elements_nothing_is_known() -> None:
+    zeros = Facts.zeros(torch.ones(1, 3, 0, dtype=torch.bool))
+    assert zeros is not None
+    assert zeros.along(0, 12) is None
+    assert zeros.along(1, 3) is None

@@ -179,3 +179,29 @@ def test_what_a_cache_held_before_says_nothing(buffer: bool, moves: bool) -> Non
     with torch.no_grad():
         for other in (x, torch.randn(3, 4, 6)):
             torch.testing.assert_close(narrow(other), net(other))
+
+
+@pytest.mark.parametrize("cuts", ["never", "pays", "always"])
+def test_a_shortcut_reads_what_a_relu_has_left(cuts: str) -> None:
+    """It picks its channels behind the branch that begins with the ReLU, not before it."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.branch = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3))
+            self.shortcut = nn.Linear(8, 3)
+            with torch.no_grad():
+                self.a.weight[:4], self.a.bias[:4], self.b.weight[:3], self.b.bias[:3] = 0, -1, 0, 0
+                self.shortcut.weight[:, 4:6] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = self.a(x) + self.b(x)
+            result: Tensor = self.branch(total) + self.shortcut(total)
+            return result
+
+    torch.manual_seed(7)
+    net, x = Branches().double(), torch.randn(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        narrow = demp_fx.compile(net, (x,), cuts=cuts).module
+        torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

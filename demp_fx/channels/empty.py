@@ -49,7 +49,7 @@ class Empty:
             return
         if index.numel():
             picked = weight.index_select(dim, index)
-            blank[index] = ~(picked != 0).movedim(dim, 0).flatten(1).any(1)
+            blank[index] = ~(picked != 0).movedim(dim, 0).reshape(len(index), -1).any(1)
         self._found[dim] = blank.cpu()
 
 

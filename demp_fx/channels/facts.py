@@ -99,11 +99,14 @@ class Facts:
         return Facts(self.known.reshape(shape), values, self.profile.reshape(shape))
 
     def along(self, dim: int, size: int) -> Facts | None:
-        """Facts of the whole slices along `dim` (1-D): known where all their elements agree."""
+        """Facts of the whole slices along `dim` (1-D): known where all their elements agree. Of
+        slices without elements nothing is known."""
         if self.known.numel() == 1:
             return self.map(lambda t: t.reshape(1).expand(size))
         if self.known.numel() == self.known.size(dim):
             return self._reshaped((-1,))
+        if not self.known.numel():
+            return None
         known, profile = (t.movedim(dim, 0).flatten(1) for t in (self.known, self.profile))
         values = self.values.movedim(dim + 1, 1).flatten(2)
         agree = (values == values[..., :1]).all(-1).all(0) & (profile == profile[:, :1]).all(-1)

@@ -60,6 +60,7 @@ MOVEMENT: dict[str, Op] = {
         x.mean(1) > 0, y[x.mean(1) > 0] + 1)).movedim(3, 1),
     "masked_rows_written": lambda x: _written(x, lambda y: y.__setitem__(
         x.mean((1, 2, 3)) > 0, y[x.mean((1, 2, 3)) > 0] + 1)),
+    "rows_of_repeated_numbers": lambda x: x[:, :, torch.arange(3).repeat(x.shape[2], 1)].amax(3),
     "in_place_bool": lambda x: _written(x, lambda y: y.__setitem__(x < 0, -1.0)),
     "in_place_rows_of_ones": lambda x: _written(torch.ones_like(x), lambda y: y[:, :, 1:].copy_(
         x[:, :, :-1])),

@@ -219,14 +219,14 @@ UPSAMPLE = {f"aten::{name}{n}d": couple(trailing(n), name, "all")
 AA = {f"aten::_upsample_{k}2d_aa": couple(trailing(2), "interpolate", "all")
       for k in ("bilinear", "bicubic")}  # fmt: skip
 MEANS = {f"aten::{name}": couple(named, name, "all")
-         for name in ("mean", "amax", "amin", "sort", "topk", "cummax", "cummin", "median",
-                      "nanmedian", "kthvalue", "mode")}  # fmt: skip
+         for name in ("mean", "amax", "amin", "max", "min", "sort", "topk", "cummax", "cummin",
+                      "median", "nanmedian", "kthvalue", "mode")}  # fmt: skip
 SUMS = {f"aten::{name}": couple(named, name, "zero")
         for name in ("sum", "norm", "linalg_vector_norm", "cumsum", "cumprod", "prod", "any",
                      "var", "std", "var_mean", "std_mean")}  # fmt: skip
 OTHERS = {f"aten::{name}": couple(named, name, None)
           for name in ("logsumexp", "_softmax", "_safe_softmax",
-                       "_log_softmax", "max", "min", "argmax", "argmin", "all")}  # fmt: skip
+                       "_log_softmax", "argmax", "argmin", "all")}  # fmt: skip
 
 RULES: dict[str, Rule] = {
     **POOLS, **WITH_INDICES, **UPSAMPLE, **AA, **MEANS, **SUMS, **OTHERS,
