@@ -62,9 +62,10 @@ def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there
             delattr(model, constant)
-    for name in module.state_dict().keys() - model.state_dict().keys():  # some keep theirs unsaved
-        owner, _, buffer = name.rpartition(".")
-        module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
+    if any(map(_saves_otherwise, model.modules())):
+        for name in module.state_dict().keys() - model.state_dict().keys():
+            owner, _, buffer = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
     meta = model.meta if isinstance(model, fx.GraphModule) else {}
     before = meta.get("demp_fx", TraceNotes())
     baked = list(dict.fromkeys([*before.baked, *notes.baked]))
@@ -73,6 +74,13 @@ def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule
         {**before.opaque, **notes.opaque}, baked, notes.exported or before.exported
     )
     return module
+
+
+def _saves_otherwise(module: nn.Module) -> bool:
+    """Whether a module has a way of its own to save its state, which may leave buffers out."""
+    kind, plain = type(module), nn.Module
+    own = kind.state_dict is not plain.state_dict or bool(module._state_dict_hooks)
+    return own or kind._save_to_state_dict is not plain._save_to_state_dict
 
 
 def _graph(

@@ -52,7 +52,7 @@ def keep_assigned(tracer: Tracer) -> None:
     for module, flag in tracer.flags.items():
         prefix = flag.target.removesuffix("training")
         for name, value in (*module._buffers.items(), *vars(module).items()):
-            if _is_in_graph(value):
+            if issubclass(type(value), fx.Proxy) and _is_in_graph(value):
                 _keep(tracer, prefix + name, value)
 
 
@@ -69,10 +69,10 @@ def _form(tensor: Any) -> Any:
     return tensor.shape, tensor.dtype
 
 
-def _is_in_graph(value: Any) -> bool:
+def _is_in_graph(value: fx.Proxy) -> bool:
     """Whether it is the proxy of a node: not of a mode, of a size that nothing has asked for, or
     one of an attempt that was rolled back."""
-    if not isinstance(value, fx.Proxy) or isinstance(value, Flag):
+    if isinstance(value, Flag):
         return False
     node = value._node if isinstance(value, Attribute) else value.node
     return node is not None and not node._erased

@@ -18,7 +18,7 @@ def preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back the attributes of these modules, and what dicts, lists, sets and tensors among them
     held: a forward may fill a cache there, which would hold proxies from now on. Constants of fx
     stay."""
-    before = [(m, dict(vars(m)), _contents(m), _numbers(m)) for m in modules]
+    before = [(m, dict(vars(m)), *_held(m)) for m in modules]
     try:
         yield
     finally:
@@ -41,12 +41,17 @@ def preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
                     container.update(content)
 
 
-def _numbers(module: nn.Module) -> list[tuple[Tensor, Tensor, int]]:
-    """Tensors that are no buffers, copies of them, and how often they have been written into."""
-    tensors = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_inference()]
-    return [(t, t.detach().clone(), t._version) for t in tensors]
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Containers and copies of them; an empty one stands for its copy, which it is once cleared."""
-    return [(v, v and v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS]
+def _held(
+    module: nn.Module,
+) -> tuple[list[tuple[Any, Any]], list[tuple[Tensor, Tensor, int]]]:
+    """Containers and copies of them (an empty one stands for its copy, which it is once cleared);
+    tensors that are no buffers, copies of them, and how often they have been written into."""
+    containers: list[tuple[Any, Any]] = []
+    tensors: list[tuple[Tensor, Tensor, int]] = []
+    for value in vars(module).values():
+        kind = type(value)  # by kind, as this is asked very often
+        if kind in _CONTAINERS:
+            containers.append((value, value and value.copy()))
+        elif issubclass(kind, Tensor) and not value.is_inference():
+            tensors.append((value, value.detach().clone(), value._version))
+    return containers, tensors
