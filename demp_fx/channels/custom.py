@@ -43,7 +43,7 @@ class LayerOp:
     is_view = False
     tags: tuple[torch.Tag, ...] = ()
 
-    def __init__(self, layer: nn.RNNBase) -> None:
+    def __init__(self, layer: nn.RNNBase | nn.RNNCellBase) -> None:
         self.layer = layer
         self._schema = SimpleNamespace(name=self.NAME, arguments=[])
 

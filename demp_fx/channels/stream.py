@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from demp_fx.channels.custom import FunctionOp, written
+from demp_fx.channels.custom import FunctionOp, LayerOp, written
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, same_label, varying
@@ -30,8 +30,8 @@ from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.source import first_line
 
 # How ops are called that take no more of their operand than its dtype, or a number of the code's;
-# and what holds the same along an axis, which can have channels there.
-NEW = ("aten::new_", "aten::lift_fresh", "aten::expand")
+# what holds the same along an axis, which can have channels there; and layers, which have weights.
+NEW = ("aten::new_", "aten::lift_fresh", "aten::expand", LayerOp.NAME)
 EMPTY = torch.ops.aten.empty.memory_format
 STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed

@@ -231,7 +231,7 @@ class Walk(Places):
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, nn.RNNBase):
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
             return self._recurrent(layer, args, kwargs)
         start, run = self.system.mark(), self._target(node)
         try:
@@ -307,12 +307,12 @@ class Walk(Places):
         self._pin((args, kwargs), reason)
         return self._ran(run, args, kwargs)
 
-    def _recurrent(self, layer: nn.RNNBase, args: Any, kwargs: Any) -> Any:
+    def _recurrent(self, layer: nn.RNNBase | nn.RNNCellBase, args: Any, kwargs: Any) -> Any:
         """A recurrent layer, met as a whole: its kernels are many small ones for each step, of
         which one is run, as all give the same shapes."""
         steps, *state = args = inspect.signature(layer.forward).bind(*args, **kwargs).args
         op = LayerOp(layer)
-        if isinstance(steps, Tensor):
+        if isinstance(steps, Tensor) and isinstance(layer, nn.RNNBase):
             dim = int(layer.batch_first and steps.dim() == 3)
             one, last = self._ran(layer, (steps.narrow(dim, 0, 1), *state), {})
             shape = [steps.size(d) if d == dim else n for d, n in enumerate(one.shape)]

@@ -42,6 +42,13 @@ def _layer_norm(m: Any) -> dict[str, Any]:
     return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
 
 
+def _recurrent(m: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    projected = m.weight_hr_l0.shape[0] if m.proj_size else 0
+    return {"input_size": m.weight_ih_l0.shape[1], "proj_size": projected,
+            "hidden_size": m.weight_ih_l0.shape[0] // gates}  # fmt: skip
+
+
 ROWS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
@@ -51,7 +58,9 @@ ROWS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (
                               "embedding_dim": m.weight.shape[1]}),
     (nn.GroupNorm, _group_norm),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
-    (nn.RNNBase, lambda m: {"input_size": m.weight_ih_l0.shape[1]}),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, lambda m: {"input_size": m.weight_ih.shape[1],
+                                "hidden_size": m.weight_hh.shape[1]}),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.shape[0]}),
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from demp_fx.channels.value import Call
 from demp_fx.shapes import ALIGNED
 
 aten = torch.ops.aten
+UNLABELLED = "reads channels that no parameter makes, such as the network's input"
 
 
 def contract(equation: str, bias: str | None = None) -> Rule:
@@ -162,7 +163,7 @@ def _read(
     """The summed letter: both operands' channels are one, and the result needs those not dead."""
     one, other = a.single(walk, letter), b.single(walk, letter)
     if one is None or other is None:
-        reason = "reads channels that no parameter makes, such as the network's input"
+        reason = UNLABELLED
         if a.labels(walk, letter) and b.labels(walk, letter):
             reason = "is summed over together with another axis"
         for label in a.labels(walk, letter) + b.labels(walk, letter):
