@@ -205,3 +205,49 @@ def test_a_shortcut_reads_what_a_relu_has_left(cuts: str) -> None:
     with torch.no_grad():
         narrow = demp_fx.compile(net, (x,), cuts=cuts).module
         torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Joined(nn.Module):
+    """Two branches of twelve channels, each read by a head of its own, and `join` of both, which is
+    written into and read twice: each reader takes other channels of it."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.join = join
+        self.a, self.b = nn.Linear(5, 12), nn.Linear(5, 12)
+        self.heads = nn.ModuleList(nn.Linear(n, 3) for n in (12, 12, width, width))
+        self.double()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a, b = self.a(x), self.b(x)
+        y = self.join(a, b)
+        return [head(value) for head, value in zip(self.heads, (a, b, y, y), strict=True)]
+
+
+def _add_all_but_the_first(a: Tensor, b: Tensor) -> Tensor:
+    y = a + 1.0
+    y[:, 1:] += b[:, 1:]
+    return y
+
+
+def _cat_and_rectify_all_but_the_first(a: Tensor, b: Tensor) -> Tensor:
+    y = torch.cat([a, b], dim=-1)
+    y[:, 1:].relu_()
+    return y
+
+
+@pytest.mark.parametrize(
+    ("join", "width"), [(_add_all_but_the_first, 12), (_cat_and_rectify_all_but_the_first, 24)]
+)
+def test_what_is_gathered_after_a_write_has_it(
+    join: Callable[[Tensor, Tensor], Tensor], width: int
+) -> None:
+    net, x = Joined(join, width), torch.randn(2, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        net.heads[2].weight[:, [0, 1, 5, width - 4, width - 1]] = 0
+        net.heads[3].weight[:, [2, 3, 5, width - 4, width - 2]] = 0
+    narrow = demp_fx.compile(net, (x,), cuts="always").module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    for head in ("heads.2", "heads.3"):
+        assert narrow.get_parameter(f"{head}.weight").shape == (3, width - 5)

@@ -32,8 +32,7 @@ class Places(Stream):
     """A stream of ATen ops under the nodes of a graph: `env` holds what each has given.
 
     `given`: nodes that depend on the network's inputs; `made`: those that are computed of
-    parameters alone, such as a standardised weight; `exits`: nodes behind which blocks end;
-    `changed`: those whose channels have been written into since.
+    parameters alone, such as a standardised weight; `exits`: nodes behind which blocks end.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Places(Stream):
         self.exits: set[fx.Node] = set()
         self.given: set[fx.Node] = set()
         self.made: set[fx.Node] = set()
-        self.changed: set[fx.Node] = set()
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
@@ -67,8 +65,6 @@ class Places(Stream):
             return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum", fixed)
-        if n in self.changed:  # what is picked is picked right behind it, before that is written
-            return self._cut(n, user, tensor, value, "spread", fixed) if spread else tensor
         readers = sum(1 for reader in n.users if called(reader) not in SIZES)
         if n in self.made:
             only = self._pinned(value) if readers == 1 else value.labels
@@ -261,7 +257,6 @@ class Places(Stream):
         value.rows = value.shares = value.never_positive = value.data = None
         if fills or holds:
             value.version = self.version(tensor)
-            self.changed.add(n)
 
 
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:

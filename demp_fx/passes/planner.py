@@ -287,8 +287,11 @@ class _Planner:
         self, node: fx.Node, edges: list[Edge], layouts: dict[tuple[str, int], Tensor],
         wanted: dict[tuple[str, str, int], Tensor],
     ) -> None:  # fmt: skip
-        """Gathers in front of a concat become one behind it."""
+        """Gathers in front of a concat become one behind it; not where what it has made is then
+        written into while others read it, as that would go to a copy."""
         if node.target not in CATS or len(node.args) == 0:
+            return
+        if len(node.users) > 1 and self.walk.version(self.walk.env[node]):
             return
         pieces: Any = node.args[0]
         rank = self.walk.env[node].dim()

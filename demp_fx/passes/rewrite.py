@@ -43,7 +43,8 @@ def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Grap
         _freeze(new, frozen, named)
     for selection in plan.selections:
         _select(new, selection, named, constants)
-    for gather in plan.gathers:
+    order = {name: k for k, name in enumerate(named)}
+    for gather in sorted(plan.gathers, key=lambda gather: order[gather.consumer]):
         _gather(new, gather, named, constants, shared, given)
     for regroup in plan.regroups:
         _regroup(new, regroup, named, constants, given)
@@ -165,12 +166,13 @@ def _gather(
     shared: dict[tuple[str, int, tuple[int, ...]], fx.Node],
     given: dict[tuple[str, str], fx.Node],
 ) -> None:  # fmt: skip
+    """Before the first who reads it: what is written into the producer until then is in it."""
     consumer = named[gather.consumer]
     source = given.get((gather.producer, gather.consumer), named[gather.producer])
     key = (source.name, gather.dim, tuple(gather.index))
     if key not in shared:
         name = f"{gather.producer}_keep{len(shared)}"
-        with graph.inserting_before(source.next):
+        with graph.inserting_before(consumer):
             shared[key] = _pick(graph, source, gather.dim, gather.index, name, constants)
         shared[key].meta = {k: v for k, v in source.meta.items() if k == "source"}
     consumer.replace_input_with(source, shared[key])
