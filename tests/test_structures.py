@@ -252,3 +252,27 @@ def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
     assert narrow.get_parameter("weight").shape == (12, 3, 3, 3)
     x = torch.randn(3, 3, 7, 7).double()
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_copy_of_a_table_is_seen_in_the_layout_that_it_has() -> None:
+    class Positions(nn.Module):
+        """The table is repeated in time, which is written out before it is flattened."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.space = nn.Parameter(torch.randn(4, 8))
+            with torch.no_grad():
+                self.make.weight[[1, 4]] = self.make.bias[[1, 4]] = 0
+                self.space[:, [1, 4]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.space.expand(3, 4, 8).clone().view(12, 8)
+            result: Tensor = self.read((self.make(x) + table).relu())
+            return result
+
+    torch.manual_seed(0)
+    model, x = Positions().double(), torch.randn(2, 12, 3, dtype=torch.float64)
+    narrow = demp_fx.compile(model, x).module
+    assert narrow.get_parameter("space").shape == (4, 6)
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -184,9 +184,9 @@ class Stream(TorchDispatchMode):
                 tensor.__dict__["demp"] = value
             self.leave(call, f"{FAILED} {call.op._schema.name}: {first_line(error)}")
         if not call.op.is_view and all(self.value(out).data is None for out in call.outputs):
-            self._use(call, before)
+            self.use(call, before)
 
-    def _use(self, call: Call, before: list[Value]) -> None:
+    def use(self, call: Call, before: list[Value]) -> None:
         """Remember who computes with parameters, and does not only move them."""
         uses = self.system.uses
         for tensor, value in zip(call.tensors, before, strict=True):

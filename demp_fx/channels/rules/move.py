@@ -8,6 +8,7 @@ walk then looks for one `index_select` that does the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -58,8 +59,11 @@ def move(walk: Stream, call: Call) -> None:
     known = value.facts
     real: list[Tensor | None] = [None] * len(call.outputs)
     if value.data is not None and call.op.is_view:
-        real = _real(call, value.data)
-    elif value.data is not None and known is None and walk.with_facts:
+        with suppress(RuntimeError):  # of a copy that is laid out as it need not be here
+            real = _real(call, value.data)
+        if real[0] is None:
+            walk.use(call, [value])
+    if value.data is not None and real[0] is None and known is None and walk.with_facts:
         known = walk.slices(value.data)
     facts = _facts(known, apply) if walk.with_facts else None
     for k, out in enumerate(call.outputs):

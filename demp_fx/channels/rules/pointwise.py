@@ -26,6 +26,8 @@ UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten:
 # Autograd functions of other packages that are elementwise, by class.
 FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
+FUNCTIONS |= {name.replace("timm.layers", "geffnet.activations").replace("AutoFn", "JitAutoFn")
+              for name in FUNCTIONS}  # fmt: skip
 FUNCTIONS |= {"efficientnet_pytorch.utils.SwishImplementation"}
 PRODUCTS = {"aten::mul", "aten::mul_"}
 QUOTIENTS = {"aten::div", "aten::div_"}
