@@ -276,3 +276,27 @@ def test_a_copy_of_a_table_is_seen_in_the_layout_that_it_has() -> None:
     narrow = demp_fx.compile(model, x).module
     assert narrow.get_parameter("space").shape == (4, 6)
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_parts_of_a_split_attention_lose_channels_of_their_own() -> None:
+    class SplitAttention(nn.Module):
+        """The weights of both halves sum to one for each channel; a half may lack that channel."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.weigh, self.read = nn.Linear(3, 12), nn.Linear(6, 12), nn.Linear(6, 2)
+            with torch.no_grad():
+                self.make.weight[[0, 1, 8]] = self.make.bias[[0, 1, 8]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            halves = torch.split(self.make(x).relu(), 6, dim=1)
+            share = self.weigh(sum(halves)).view(-1, 2, 6).softmax(1).reshape(-1, 12)  # type: ignore[arg-type]
+            weights = torch.split(share, 6, dim=1)
+            result: Tensor = self.read(weights[0] * halves[0] + weights[1] * halves[1])
+            return result
+
+    torch.manual_seed(0)
+    model, x = SplitAttention().double(), torch.randn(5, 3, dtype=torch.float64)
+    narrow = demp_fx.compile(model, x, cuts="always").module
+    assert narrow.get_parameter("make.weight").shape == (9, 3)
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -155,7 +155,8 @@ class Walk(Places):
                        for n in node.all_input_nodes}  # fmt: skip
             out = self._call(node, entered)
         self.env[node] = out
-        if self.opens:
+        of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
+        if self.opens or of_parts:
             self.exits.add(node)
         if node not in self.given:
             for t in tensors_of(out):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import compress, reshaped, varying
+from demp_fx.channels.labels import compress, repeats, reshaped, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
@@ -99,6 +99,7 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
             return True
         if name in SLICES:
             walk.sliced.add(call.site.node)
+            walk.opens |= repeats(before)  # its parts have channels in common
             return _run(old, new)
         short, long = sorted((old, new), key=Tensor.numel)
         return name in REPEATS and long.numel() % short.numel() == 0 and _repeats(short, long)
