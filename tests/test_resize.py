@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.channels.analysis import walk
+from demp_fx.errors import UsageError
 
 
 class Sized(nn.Module):
@@ -300,3 +302,24 @@ def test_what_is_picked_is_not_known_before_the_input_is(name: str) -> None:
         x = torch.randn(2, 3, side, side).double()
         assert torch.allclose(result.module(x, index), model(x, index), atol=1e-12)
     assert any("looked up" in pin.reason for pin in result.report.pinned)
+
+
+def test_all_nodes_that_refuse_their_sizes_are_found_in_one_walk() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.c(self.b(self.a(x).view(-1, 8)).view(-1, 2, 4).flatten(1))
+            return result
+
+    graph = demp_fx.trace(Views(), torch.zeros(3, 4))
+    for name, narrow in (("a", nn.Linear(4, 7)), ("b", nn.Linear(8, 7))):
+        graph.set_submodule(name, narrow)
+    sizes = {"view": (3, 8), "view_1": (3, 2, 4)}
+    planned = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+    walked = walk(graph, labelled=False, planned=lambda node: planned.get(node.name))
+    assert [node.name for node in walked.refused] == ["view", "view_1"]
+    with pytest.raises(UsageError, match="view"):
+        walk(graph, labelled=False)

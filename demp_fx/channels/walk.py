@@ -54,7 +54,9 @@ class Walk(Places):
     """A walk over one fx graph.
 
     `observed`: what calibration saw at the output of a node, by its name: a dim, and facts along
-    it. `env` holds the meta value of every node afterwards.
+    it. `planned`: what a node should give that refuses what it is given; the walk goes on with that
+    where there is such a value, and such nodes are `refused`. `env` holds the meta value of every
+    node afterwards.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Walk(Places):
         observed: Mapping[str, tuple[int, Facts]],
         with_facts: bool = True,
         labelled: bool = True,
+        planned: Callable[[fx.Node], Tensor | None] | None = None,
     ) -> None:
         super().__init__(rule_of, shapes, with_facts, labelled)
-        self.graph, self.observed = graph, observed
+        self.graph, self.observed, self.planned = graph, observed, planned
+        self.refused: list[fx.Node] = []
         self.real: Callable[[], AbstractContextManager[None]] = nullcontext
         self.chains = Chains(graph, self.env)
         notes = graph.meta.get("demp_fx")
@@ -95,12 +99,23 @@ class Walk(Places):
                 elif (number := self._number(node)) is not None:
                     self.env[node] = number
                 else:
-                    self.env[node] = self._node(node)
+                    self.env[node] = self._given(node)
             self._settle()
         self.system.close()
         return self.system
 
     # -- nodes ----------------------------------------------------------------------------------
+
+    def _given(self, node: fx.Node) -> Any:
+        """What a node gives, or should give."""
+        try:
+            return self._node(node)
+        except RefusalError:
+            planned = self.planned(node) if self.planned is not None else None
+            if planned is None:
+                raise
+            self.refused.append(node)
+            return planned
 
     def _number(self, node: fx.Node) -> Any:
         """What a node makes of sizes and numbers alone, which no rule has to see; else None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +60,10 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
         try:
             plan = plan_of(walked, solution)
             module = narrow(graph, plan)
-            after = walk(module, with_facts=False, labelled=False)
-            misfits = _misfits(walked, plan, after) or _misfitting_pieces(walked, solution, after)
+            after = walk(module, with_facts=False, labelled=False, planned=_planned(walked, plan))
+            misfits = [_original(graph, node) for node in after.refused]
+            misfits = misfits or _misfits(walked, plan, after)
+            misfits = misfits or _misfitting_pieces(walked, solution, after)
         except MisfitError as refusal:
             misfits = list(refusal.nodes)
         except RefusalError as refusal:
@@ -71,6 +73,22 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
         for misfit in misfits:
             _pin_around(walked, misfit, pinned, many=2 ** refused[misfit])
             refused[misfit] += 1
+
+
+def _planned(walked: Walk, plan: PruningPlan) -> Callable[[fx.Node], Tensor | None]:
+    """What each node of the narrow graph should give, if it is a tensor."""
+    values = {n.name: v for n, v in walked.env.items() if isinstance(v, Tensor)}
+    wide = {gather.producer for gather in plan.gathers}
+
+    def planned(node: fx.Node) -> Tensor | None:
+        value = values.get(node.name)
+        if value is None or node.name in wide:
+            return None
+        new = plan.nodes.get(node.name, {})
+        shape = [new.get(d, n) for d, n in enumerate(value.shape)]
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return planned
 
 
 def _misfits(walked: Walk, plan: PruningPlan, after: Walk) -> list[fx.Node]:
