@@ -89,6 +89,9 @@ class Walk(Places):
               on_meta(self.graph) as twins):  # fmt: skip
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
+                if node.op == "get_attr":
+                    self.env[node] = operator.attrgetter(str(node.target))(self.graph)
+                    continue
                 self.site = Site(str(node.op), node.name, node.meta.get("source"))
                 if node.op == "placeholder" or any(n in self.given for n in node.all_input_nodes):
                     self.given.add(node)
@@ -140,8 +143,6 @@ class Walk(Places):
     def _node(self, node: fx.Node) -> Any:
         if is_end(node):
             return None  # the walk has no gradients, and shapes no precision
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.graph)
         if node.op == "call_module" and (reason := self._whole(str(node.target))):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
