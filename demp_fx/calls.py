@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-# From the first argument on, and behind the tensor that they are made like.
 aten = torch.ops.aten
+# From the first argument on, and behind the tensor that they are made like.
 MADE: set[Any] = {torch.zeros, torch.ones, torch.full,
                   aten.zeros.default, aten.ones.default, aten.full.default}  # fmt: skip
 MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", aten.expand.default,

@@ -116,15 +116,11 @@ def test_a_unit_that_living_units_add_to_stays_and_one_that_only_silent_ones_do_
 def test_all_layers_and_directions_keep_equally_many(kind: type[nn.RNNBase]) -> None:
     net = Tagger(kind, num_layers=2, bidirectional=True)
     silence(net.rnn, [1, 3, 5])
-    with torch.no_grad():
-        for weight in (net.rnn.weight_ih_l1, net.rnn.bias_ih_l1):
-            weight[:] = torch.randn(weight.shape, dtype=weight.dtype)
-    silence_one = [f"{name}_l1" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    gate = 0 if kind is nn.RNN else 2
-    with torch.no_grad():
-        for name in silence_one:  # four here, three elsewhere
-            net.rnn.get_parameter(name)[[gate * WIDTH + unit for unit in (0, 2, 4, 6)]] = 0
-    assert narrowed(net, "rnn").hidden_size == 5
+    with torch.no_grad():  # one of four cells has only two silent ones
+        for name in ("bias_ih_l1", "bias_hh_l1"):
+            net.rnn.get_parameter(name)[:] = 0.1
+    silence(net.rnn, [1, 3])
+    assert narrowed(net, "rnn").hidden_size == 6
 
 
 @pytest.mark.parametrize(("start", "left"), [("zeros", 5), ("computed", 8), ("ones", 8)])
@@ -177,6 +173,26 @@ def test_units_of_a_cell_go(kind: type[nn.RNNCellBase]) -> None:
         net.embed.weight[:2] = net.embed.bias[:2] = 0
     cell = narrowed(net, "cell")
     assert (type(cell), cell.input_size, cell.hidden_size) == (kind, 5, 4)
+
+
+class Own(nn.LSTMCell):
+    """A cell of somebody's own: it adds what it reads to all units."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        h, c = super().forward(x, state)
+        return h + x[:, :1], c
+
+
+@pytest.mark.parametrize("way", ["a class of its own", "weight norm"])
+def test_cells_that_are_not_torchs_are_followed_op_by_op(way: str) -> None:
+    net = Loop(nn.LSTMCell if way == "weight norm" else Own)
+    if way == "weight norm":
+        nn.utils.parametrizations.weight_norm(net.cell, "weight_hh")
+    else:
+        silence(net.cell, [1, 3])
+    with torch.no_grad():
+        net.embed.weight[5:] = net.embed.bias[5:] = 0
+    assert narrowed(net, "embed").out_features == 5
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -319,7 +319,7 @@ def test_all_nodes_that_refuse_their_sizes_are_found_in_one_walk() -> None:
         graph.set_submodule(name, narrow)
     sizes = {"view": (3, 8), "view_1": (3, 2, 4)}
     planned = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
-    walked = walk(graph, labelled=False, planned=lambda node: planned.get(node.name))
+    walked = walk(graph, labelled=False, planned=planned)
     assert [node.name for node in walked.refused] == ["view", "view_1"]
     with pytest.raises(UsageError, match="view"):
         walk(graph, labelled=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, fx
 
@@ -24,20 +24,20 @@ def walk(
     observed: Mapping[str, tuple[int, Facts]] | None = None,
     with_facts: bool = True,
     labelled: bool = True,
-    planned: Callable[[fx.Node], Tensor | None] | None = None,
+    planned: Mapping[str, Tensor] | None = None,
 ) -> Walk:
     """Walk over a traced module, on the shapes of its example inputs.
 
     `observed`: what calibration saw, by node. `with_facts`: also find out what is known of the
-    channels. Without `labelled` only shapes and multiplications are found out. `planned`: what a
-    node should give that refuses what it is given, so that all such nodes are found.
+    channels. Without `labelled` only shapes and multiplications are found out. `planned`: by
+    name, what nodes should give that refuse what they are given, so that all such are found.
     Raises `UsageError` for a graph that is not from `demp_fx.trace`, and where its inputs do not
     run through it.
     """
     example = graph.meta.get("example_inputs")
     if not isinstance(example, Inputs):
         raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
-    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned)
+    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned or {})
     done.run(example)
     return done
 

@@ -36,6 +36,10 @@ class FunctionOp:
         return str(self._schema.name)
 
 
+_CELLS = {nn.LSTMCell, nn.GRUCell, nn.RNNCell}
+_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+
+
 class LayerOp:
     """A recurrent layer in the place of an ATen op: it is met as a whole."""
 
@@ -43,9 +47,17 @@ class LayerOp:
     is_view = False
     tags: tuple[torch.Tag, ...] = ()
 
-    def __init__(self, layer: nn.RNNBase | nn.RNNCellBase) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self._schema = SimpleNamespace(name=self.NAME, arguments=[])
+
+    @staticmethod
+    def takes(layer: nn.Module | None) -> bool:
+        """Whether a layer is one; of cells those of torch, with weights of their own: the ops of
+        others are followed."""
+        if isinstance(layer, nn.RNNCellBase):
+            return type(layer) in _CELLS and layer._parameters.keys() >= _WEIGHTS
+        return isinstance(layer, nn.RNNBase)
 
     def macs(self, x: Any) -> int:
         """Multiplications: each weight meets every step of every sequence once."""

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Walk(Places):
         observed: Mapping[str, tuple[int, Facts]],
         with_facts: bool = True,
         labelled: bool = True,
-        planned: Callable[[fx.Node], Tensor | None] | None = None,
+        planned: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__(rule_of, shapes, with_facts, labelled)
         self.graph, self.observed, self.planned = graph, observed, planned
@@ -102,23 +103,22 @@ class Walk(Places):
                 elif (number := self._number(node)) is not None:
                     self.env[node] = number
                 else:
-                    self.env[node] = self._given(node)
+                    self.env[node] = self._result(node)
             self._settle()
         self.system.close()
         return self.system
 
     # -- nodes ----------------------------------------------------------------------------------
 
-    def _given(self, node: fx.Node) -> Any:
+    def _result(self, node: fx.Node) -> Any:
         """What a node gives, or should give."""
         try:
             return self._node(node)
         except RefusalError:
-            planned = self.planned(node) if self.planned is not None else None
-            if planned is None:
+            if node.name not in self.planned:
                 raise
             self.refused.append(node)
-            return planned
+            return self.planned[node.name]
 
     def _number(self, node: fx.Node) -> Any:
         """What a node makes of sizes and numbers alone, which no rule has to see; else None."""
@@ -248,7 +248,7 @@ class Walk(Places):
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        if layer is not None and LayerOp.takes(layer):
             return self._recurrent(layer, args, kwargs)
         start, run = self.system.mark(), self._target(node)
         try:
@@ -324,7 +324,7 @@ class Walk(Places):
         self._pin((args, kwargs), reason)
         return self._ran(run, args, kwargs)
 
-    def _recurrent(self, layer: nn.RNNBase | nn.RNNCellBase, args: Any, kwargs: Any) -> Any:
+    def _recurrent(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """A recurrent layer, met as a whole: its kernels are many small ones for each step, of
         which one is run, as all give the same shapes."""
         steps, *state = args = inspect.signature(layer.forward).bind(*args, **kwargs).args

@@ -43,10 +43,8 @@ def _layer_norm(m: Any) -> dict[str, Any]:
 
 
 def _recurrent(m: Any) -> dict[str, Any]:
-    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
-    projected = m.weight_hr_l0.shape[0] if m.proj_size else 0
-    return {"input_size": m.weight_ih_l0.shape[1], "proj_size": projected,
-            "hidden_size": m.weight_ih_l0.shape[0] // gates}  # fmt: skip
+    projected, hidden = m.weight_hr_l0.shape if m.proj_size else (0, m.weight_hh_l0.shape[1])
+    return {"input_size": m.weight_ih_l0.shape[1], "proj_size": projected, "hidden_size": hidden}
 
 
 ROWS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Rule], ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +60,10 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
         try:
             plan = plan_of(walked, solution)
             module = narrow(graph, plan)
-            after = walk(module, with_facts=False, labelled=False, planned=_planned(walked, plan))
+            planned = _planned(walked, plan)
+            after = walk(module, with_facts=False, labelled=False, planned=planned)
             misfits = [_original(graph, node) for node in after.refused]
-            misfits = misfits or _misfits(walked, plan, after)
+            misfits = misfits or _misfits(walked, planned, after)
             misfits = misfits or _misfitting_pieces(walked, solution, after)
         except MisfitError as refusal:
             misfits = list(refusal.nodes)
@@ -75,37 +76,32 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
             refused[misfit] += 1
 
 
-def _planned(walked: Walk, plan: PruningPlan) -> Callable[[fx.Node], Tensor | None]:
+def _planned(walked: Walk, plan: PruningPlan) -> dict[str, Tensor]:
     """What each node of the narrow graph should give, if it is a tensor."""
-    values = {n.name: v for n, v in walked.env.items() if isinstance(v, Tensor)}
-    wide = {gather.producer for gather in plan.gathers}
-
-    def planned(node: fx.Node) -> Tensor | None:
-        value = values.get(node.name)
-        if value is None or node.name in wide:
-            return None
-        new = plan.nodes.get(node.name, {})
-        shape = [new.get(d, n) for d, n in enumerate(value.shape)]
-        return torch.empty(shape, dtype=value.dtype, device="meta")
-
+    wide = {gather.producer for gather in plan.gathers}  # may be concats, gathered behind
+    planned: dict[str, Tensor] = {}
+    for node, value in walked.env.items():
+        if isinstance(value, Tensor) and node.name not in wide:
+            new = plan.nodes.get(node.name)
+            shape = [(new or {}).get(d, n) for d, n in enumerate(value.shape)]
+            planned[node.name] = value.new_empty(shape, device="meta") if new else value
     return planned
 
 
-def _misfits(walked: Walk, plan: PruningPlan, after: Walk) -> list[fx.Node]:
+def _misfits(walked: Walk, planned: Mapping[str, Tensor], after: Walk) -> list[fx.Node]:
     """The nodes of the original whose narrow twins do not have the planned shapes, though what
     goes into them does."""
-    wide = {gather.producer for gather in plan.gathers}  # may be concats, gathered behind
-    shapes = {n.name: list(v.shape) for n, v in after.env.items() if isinstance(v, Tensor)}
+    shapes = {n.name: v.shape for n, v in after.env.items() if isinstance(v, Tensor)}
     misfits: dict[fx.Node, None] = {}
     spoilt: set[fx.Node] = set()
-    for node, value in walked.env.items():
+    for node in walked.env:
         if any(n in spoilt for n in node.all_input_nodes):
             spoilt.add(node)
-        elif isinstance(value, Tensor) and node.name in shapes and node.name not in wide:
-            new = plan.nodes.get(node.name, {})
-            if shapes[node.name] != [new.get(d, n) for d, n in enumerate(value.shape)]:
-                misfits[node] = None
-                spoilt.add(node)
+            continue
+        wanted = planned.get(node.name)
+        if wanted is not None and shapes.get(node.name, wanted.shape) != wanted.shape:
+            misfits[node] = None
+            spoilt.add(node)
     return list(misfits)
 
 

@@ -61,10 +61,11 @@ def move(walk: Stream, call: Call) -> None:
     if value.data is not None and call.op.is_view:
         with suppress(RuntimeError):  # of a copy that is laid out as it need not be here
             real = _real(call, value.data)
-        if real[0] is None:
+    if value.data is not None and all(part is None for part in real):
+        if call.op.is_view:
             walk.use(call, [value])
-    if value.data is not None and real[0] is None and known is None and walk.with_facts:
-        known = walk.slices(value.data)
+        if known is None and walk.with_facts:
+            known = walk.slices(value.data)
     facts = _facts(known, apply) if walk.with_facts else None
     for k, out in enumerate(call.outputs):
         labels = []

@@ -24,10 +24,9 @@ UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten:
             "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::complex",
             "aten::polar", "aten::masked_fill"}  # fmt: skip
 # Autograd functions of other packages that are elementwise, by class.
-FUNCTIONS = {f"timm.layers.activations_me.{name}AutoFn"
+FUNCTIONS = {f"{home}.activations_me.{name}{kind}"
+             for home, kind in (("timm.layers", "AutoFn"), ("geffnet.activations", "JitAutoFn"))
              for name in ("Swish", "Mish", "HardSigmoid", "HardSwish", "HardMish")}  # fmt: skip
-FUNCTIONS |= {name.replace("timm.layers", "geffnet.activations").replace("AutoFn", "JitAutoFn")
-              for name in FUNCTIONS}  # fmt: skip
 FUNCTIONS |= {"efficientnet_pytorch.utils.SwishImplementation"}
 PRODUCTS = {"aten::mul", "aten::mul_"}
 QUOTIENTS = {"aten::div", "aten::div_"}

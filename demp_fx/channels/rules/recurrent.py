@@ -26,16 +26,16 @@ from demp_fx.trees import tensors_of
 KEPT = "belongs to a recurrent layer that is not looked into"
 GIVEN = "is the state of a recurrent layer, which starts from one that no parameter makes"
 WIDER = "is projected in a recurrent layer, which has to be wider than what it is projected to"
-GATES = (((nn.LSTM, nn.LSTMCell), 4), ((nn.GRU, nn.GRUCell), 3), (nn.Module, 1))
 Reads = dict[str, Tensor | None]  # the weights of a cell, on meta where there are no numbers
 
 
 @dataclass(frozen=True)
 class Cell:
     """One layer in one direction: its `units`, the `state` that it hands on (those, or a projection
-    of them), and which numbers of the state are always `zero`."""
+    of them), and which of both are always zero (`still`, `zero`)."""
 
     units: Tensor
+    still: Tensor
     state: Tensor
     zero: Tensor
 
@@ -65,16 +65,15 @@ def recurrent(walk: Stream, call: Call) -> None:
         known = _zeros(torch.cat([cell.zero for cell in found]))
     assert source is not None
     _give(walk, call.outputs[0], source, known)
-    ends = [[c.state for c in cells], [c.units for c in cells]]
-    zeros = [[c.zero for c in cells], [c.zero for c in cells]]
-    if layer.proj_size:
-        zeros[1] = [torch.zeros(c.units.numel(), dtype=torch.bool) for c in cells]
-    for k, (rows, dead) in enumerate(zip(ends, zeros, strict=True)):
-        label = _end(torch.stack(rows), rank)
+    ends = ("state", "zero"), ("units", "still")  # of both an LSTM gives the last one
+    for k, (name, dead) in enumerate(ends):
+        rows = torch.stack([getattr(cell, name) for cell in cells])
+        zero = torch.stack([getattr(cell, dead) for cell in cells])
+        label = _end(rows, rank)
         if k + 1 < len(call.outputs):
-            _give(walk, call.outputs[k + 1], label, _zeros(_end(torch.stack(dead), rank)))
+            _give(walk, call.outputs[k + 1], label, _zeros(_end(zero, rank)))
         if len(cells) > 1:
-            walk.system.blocks.append(Blocks(torch.stack(rows), call.site))
+            walk.system.blocks.append(Blocks(rows, call.site))
         if k < len(starts):
             _begin(walk, call, starts[k], label)
 
@@ -163,7 +162,8 @@ def _begin(walk: Stream, call: Call, start: Tensor, label: Tensor) -> None:
 def _gates(call: Call) -> int:
     """How many gates there are: the third of several makes what is added to the state."""
     layer: Any = call.op.layer  # type: ignore[attr-defined]
-    return next(n for kinds, n in GATES if isinstance(layer, kinds))
+    first = layer.weight_ih if isinstance(layer, nn.RNNCellBase) else layer.weight_ih_l0
+    return int(first.size(0) // layer.hidden_size)
 
 
 def _cell(
@@ -182,7 +182,7 @@ def _cell(
     if layer.proj_size:
         walk.pin(call, units, WIDER)
         _read(walk, call, "weight_hr" + suffix, units, state, _zeros(zero))
-    return Cell(units, state, handed)
+    return Cell(units, zero, state, handed)
 
 
 def _tied(walk: Stream, call: Call, suffix: str) -> tuple[Tensor, Reads]:
