@@ -2,7 +2,8 @@
 
 `torch.nn`'s attention and transformer modules choose between fused kernels at run time; batch
 normalisation and stochastic depth branch on `training`. Each has one function here: it takes the
-module and the arguments of its forward and computes the same in both modes. What
+module and the arguments of its forward and computes the same in both modes. (Where a batch norm's
+own forward is called, tracing makes a node of that: see `Tracer.batch_norm`.) What
 `nn.TransformerEncoder` does only without gradients (nested tensors, zeros at padded positions) is
 left out: the result is the one it gives when a parameter requires a gradient.
 """
@@ -162,7 +163,7 @@ def transformer_decoder(
 
 
 def batch_norm(m: Any, x: Tensor) -> Tensor:
-    """`nn.BatchNorm*d` where it is the root, or the base of somebody's own layer.
+    """`nn.BatchNorm*d` where it cannot be a node: it is the root, or its weight is computed.
 
     Raises:
         NotImplementedError: the running statistics are cumulative (`momentum=None`).
@@ -179,7 +180,7 @@ def batch_norm(m: Any, x: Tensor) -> Tensor:
 
 def batch_norm_act(m: Any, x: Tensor) -> Tensor:
     """timm's normalisation, dropout and activation in one layer."""
-    return m.act(m.drop(batch_norm(m, x)))  # type: ignore[no-any-return]
+    return m.act(m.drop(nn.BatchNorm2d.forward(m, x)))  # type: ignore[no-any-return]
 
 
 def stochastic_depth(m: Any, input: Tensor) -> Tensor:
@@ -208,9 +209,6 @@ EXPRESSIONS: dict[type[nn.Module] | str, Expression] = {
     nn.TransformerEncoderLayer: transformer_encoder_layer,
     nn.TransformerEncoder: transformer_encoder,
     nn.TransformerDecoder: transformer_decoder,
-    nn.BatchNorm1d: batch_norm,
-    nn.BatchNorm2d: batch_norm,
-    nn.BatchNorm3d: batch_norm,
     "torchvision.ops.stochastic_depth.StochasticDepth": stochastic_depth,
     "timm.layers.drop.DropPath": drop_path,
     "timm.layers.norm_act.BatchNormAct2d": batch_norm_act,

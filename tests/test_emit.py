@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
+import demp_fx
 from demp_fx.emit import folder
 from demp_fx.emit.module import source
 from demp_fx.errors import EmitError, UsageError
@@ -158,6 +159,24 @@ def test_the_source_reads_well() -> None:
     assert "self.stem = nn.Conv2d(3, 4, (3, 3), stride=(2, 2))" in text
     assert "'bn1': nn.BatchNorm2d(5)," in text
     assert "class Residual(nn.Module):" in text
+
+
+class NormThenAct(nn.BatchNorm2d):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_batch_norm_has_the_parts_of_the_layer_that_it_was_in() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    graph = demp_fx.trace(nn.Sequential(nn.Conv2d(3, 4, 1), NormThenAct(4)), x)
+    assert "_tree({'act':nn.ReLU(),},nn.BatchNorm2d(4))" in "".join(source(graph).split())
+    module = build(graph)
+    module.load_state_dict(graph.state_dict(), strict=True)
+    torch.testing.assert_close(module(x), graph(x), rtol=0, atol=0)
 
 
 class Own(nn.Module):

@@ -290,3 +290,57 @@ def test_batch_norm_of_timm_follows_train_and_eval() -> None:
         graph.train(training)
         torch.testing.assert_close(graph(x), model(x))
     assert graph.get_buffer("drop.num_batches_tracked") == 2
+
+
+class NormThenAct(nn.BatchNorm2d):
+    """A batch norm with parts of its own, as timm's are."""
+
+    def __init__(self, width: int, **settings: Any) -> None:
+        super().__init__(width, **settings)
+        self.act = nn.SiLU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input)).flatten(1)
+
+
+def test_a_layer_derived_of_batch_norm_calls_torchs_and_then_its_parts() -> None:
+    graph = traced_like_eager(NormThenAct(4), {"input": tensor(3, 4, 2, 2)})
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    assert calls == ["layer", "layer.act"]
+    assert type(graph.get_submodule("layer")) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(
+    "settings", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}]
+)
+def test_a_derived_batch_norm_keeps_its_settings(settings: dict[str, Any]) -> None:
+    traced_like_eager(NormThenAct(4, **settings), {"input": tensor(3, 4, 2, 2)})
+
+
+def test_a_derived_batch_norm_that_takes_what_torchs_refuses_stays_in_parts() -> None:
+    class Any4(nn.BatchNorm2d):
+        def _check_input_dim(self, input: Tensor) -> None:
+            pass
+
+    graph = traced_like_eager(Any4(4), {"input": tensor(3, 4, 2)})
+    assert not [node for node in graph.graph.nodes if node.op == "call_module"]
+
+
+def test_hooks_of_a_derived_batch_norm_run_once() -> None:
+    layer = NormThenAct(4)
+    layer.register_forward_hook(lambda module, args, out: out + 1.0)
+    traced_like_eager(layer, {"input": tensor(3, 4, 2, 2)})
+
+
+def test_a_derived_batch_norm_is_called_again_after_its_part() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = NormThenAct(4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.norm(self.norm.act(input)) + self.norm(input)
+
+    graph = traced_like_eager(Twice(), {"input": tensor(3, 4, 2, 2)})
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    assert calls[:2] == ["layer.norm.act", "layer.norm"]

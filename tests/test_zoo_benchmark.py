@@ -173,7 +173,7 @@ def test_the_summary_counts() -> None:
     rows = [
         {"network": "a", "suite": "s", "deaths": "zero",
          "ours": GOOD | {"seconds": 1.0},
-         "peer": {"eval_error": 0.0, "removed": 5, "seconds": 4.0}},
+         "peer": {"eval_error": 0.0, "removed": 5, "seconds": 4.0, "pruner_seconds": 8.0}},
         {"network": "b", "suite": "s", "deaths": "zero",
          "ours": GOOD | {"removed": 10, "seconds": 1.0, "pinned": ["norm mixes"]},
          "peer": {"eval_error": 0.5, "removed": 5, "seconds": 1.0}},
@@ -183,7 +183,9 @@ def test_the_summary_counts() -> None:
     text = " ".join(summary(rows))
     assert "3 networks: 2 traced, 2 exact, 1 with at least 98%" in text
     assert "2 give a network that runs, 1 an exact one" in text
+    assert "its cutting alone, of channels that are given, geometric mean over 2 networks" in text
     assert "2 networks that both give: 0.50" in text
+    assert "1 networks that both give: 0.1" in text
     page = markdown(rows, ["about"])
     assert "**b, zero**: stays: norm mixes" in page
     assert "**c, zero**: error: TraceError: no" in page

@@ -35,8 +35,9 @@ ABOUT = (
     "Half of the channels of every layer are dead (`benchmarks/zoo/killing.py`). What is removable "
     "is found by running the network (`tests/zoo/oracle.py`). Seconds are of CPU, on one thread, "
     "without verification, for one image of 224 where the network takes any size. Torch-Pruning is "
-    "asked for the same dead channels in the same run (`benchmarks/zoo/peer.py`). Rows stay until "
-    "their network is run again; `zoo.json` says at which commit each was measured."
+    "asked for the same dead channels in the same run, and its pruner for half of all channels "
+    "(`benchmarks/zoo/peer.py`). Rows stay until their network is run again; `zoo.json` says at "
+    "which commit each was measured."
 )
 
 

@@ -33,8 +33,8 @@ from __future__ import annotations
 
 _TREE = """
 
-def _tree(children: dict[str, nn.Module]) -> nn.Module:
-    tree = nn.Module()
+def _tree(children: dict[str, nn.Module], root: nn.Module | None = None) -> nn.Module:
+    tree = root or nn.Module()
     for name, child in children.items():
         tree.add_module(name, child)
     return tree

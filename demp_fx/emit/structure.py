@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from demp_fx.emit import tensors
 from demp_fx.emit.leaves import constructor
 from demp_fx.errors import EmitError
+from demp_fx.tracing.norms import without_parts
 
 
 def _plain_name(name: str) -> bool:
@@ -59,19 +60,24 @@ class Structure:
             self._after.append(_assign(path, self._known[id(module)]))
             return "nn.Module()"
         self._known[id(module)] = reference(path)
+        root = ""
         if id(module) in self._leaves:
-            call = constructor(module, path)
-            self._leaf(module, path + ".")
-            return call
-        self._tensors(module, path + ".")
+            bare = without_parts(module)
+            root = constructor(bare, path)
+            self._leaf(bare, path + ".")
+            if bare is module:
+                return root
+        else:
+            self._tensors(module, path + ".")
         children = [
             f"{name!r}: {self._module(child, f'{path}.{name}')},"
             for name, child in module._modules.items()
             if child is not None
         ]
         if not children:
-            return "nn.Module()"
-        return "_tree({\n" + textwrap.indent("\n".join(children), "    ") + "\n})"
+            return root or "nn.Module()"
+        tree = "{\n" + textwrap.indent("\n".join(children), "    ") + "\n}"
+        return f"_tree({tree}, {root})" if root else f"_tree({tree})"
 
     def _tensors(self, module: nn.Module, prefix: str) -> None:
         for name, parameter in module._parameters.items():

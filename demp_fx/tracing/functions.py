@@ -1,8 +1,8 @@
 """What of torch is replaced while a model is traced.
 
 ATen's functions become nodes whatever argument the proxy is. Autograd functions become one node
-each, so that their own backward stays; a subclass of a batch norm that calls its base's forward
-gets one that does not branch on `training`; and checks of what is traced are passed.
+each, so that their own backward stays; a batch norm's forward, which branches on `training`, is
+one wherever a subclass calls it; and checks of what is traced are passed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_overridable_functions
 from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
-
-from demp_fx.expressions import batch_norm
 
 
 class Apply:
@@ -175,13 +173,13 @@ def scripts_as_python() -> Iterator[None]:
 
 
 @contextmanager
-def batch_norms_in_parts() -> Iterator[None]:
+def batch_norms_as_nodes(tracer: Any) -> Iterator[None]:
     """Meanwhile `super().forward(x)` in a subclass of a batch norm follows train() and eval()."""
     whole = _BatchNorm.forward
 
     def forward(self: Any, input: Any) -> Any:
         traced = isinstance(input, fx.Proxy)
-        return batch_norm(self, input) if traced else whole(self, input)
+        return tracer.batch_norm(self, input) if traced else whole(self, input)
 
     kinds: Any = _BatchNorm
     kinds.forward = forward

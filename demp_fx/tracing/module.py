@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from demp_fx.tracing.norms import PLAIN, as_plain
 from demp_fx.tracing.regions import as_blocks
 
 
@@ -161,7 +162,7 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
         if node.name == "self":  # for an attribute of this name: in code it is the module
             node._rename("self_")
         if node.op in ("get_attr", "call_module"):
-            _place(str(node.target), places)
+            _place(str(node.target), places, node.meta.get(PLAIN))
     _mirror(root, module, {})
     module._graph, graph.owning_module = graph, module
     graph.on_generate_code(lambda _: as_blocks)
@@ -174,16 +175,21 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
 _Places = dict[str, tuple[nn.Module, nn.Module]]  # path -> what it leads to, at home and in a copy
 
 
-def _place(target: str, places: _Places) -> None:
-    """Put what a node refers to into the copy."""
+def _place(target: str, places: _Places, plain: type[nn.Module] | None) -> None:
+    """Put what a node refers to into the copy; a module, where `plain` is given, as one of that."""
     path, _, name = target.rpartition(".")
     source, twin = _container(path, places)
     if source is twin:
         return
     value = getattr(source, name)
     if isinstance(value, nn.Module):
-        twin._modules[name] = value
-        places[target] = value, value
+        new = value
+        if plain is not None and plain is not type(value):
+            new = as_plain(value, plain)
+            if target in places:  # by what is in it
+                new._modules = places[target][1]._modules
+        twin._modules[name] = new
+        places[target] = value, new
     elif isinstance(value, nn.Parameter):
         twin._parameters[name] = value
     elif isinstance(value, Tensor):

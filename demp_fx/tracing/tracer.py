@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
-from demp_fx.expressions import Expression, expression_of
+from demp_fx.expressions import Expression, batch_norm, expression_of
 from demp_fx.tracing.arguments import in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
 from demp_fx.tracing.computed import computes_weight
@@ -30,13 +30,14 @@ from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
     aten_as_nodes,
-    batch_norms_in_parts,
+    batch_norms_as_nodes,
     checks_of_proxies,
     distributions_of_proxies,
     scripts_as_python,
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
@@ -100,9 +101,10 @@ class Tracer(Decisions):
         self.modes = {m: m.training for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
-            preserved(root.modules()), as_nodes(self), aten_as_nodes(self), batch_norms_in_parts(),
-            checks_of_proxies(), distributions_of_proxies(), variables_of_proxies(),
-            regions_as_nodes(self), sizes_stay(root), scripts_as_python(), items_as_nodes(self),
+            preserved(root.modules()), as_nodes(self), aten_as_nodes(self),
+            batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
+            variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
+            items_as_nodes(self),
         ):  # fmt: skip
             set_modes(self.flags)
             try:
@@ -213,6 +215,15 @@ class Tracer(Decisions):
         if kind not in self.expressions:
             self.expressions[kind] = expression_of(module)
         return self.expressions[kind]
+
+    def batch_norm(self, m: Any, x: Any) -> Any:
+        """What torch's own forward does in a layer derived of it: a call of it as a plain one."""
+        kind = plain_kind(m)
+        if kind is None or m is self.root or m not in self.modes:
+            return batch_norm(m, x)
+        called = self.create_proxy("call_module", self.path_of_module(m), (x,), {})
+        called.node.meta[PLAIN] = kind
+        return called
 
     def _within(self, module: nn.Module, name: str, call: Callable[[], Any]) -> Any:
         """What `call` gives; its nodes belong to a call of `module`. Nodes share a stack."""

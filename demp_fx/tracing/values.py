@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.shapes import SHAPES, shape_of
+from demp_fx.tracing.norms import PLAIN
 
 # What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone,
 # unless the size is given by this name, or behind a number.
@@ -125,6 +126,8 @@ class Values(fx.Interpreter):
 
     def _given(self, node: fx.Node) -> Any:
         """What a node gives; code may have made its arguments on a device that it has named."""
+        if PLAIN in node.meta:  # the module under this name does more than is called here
+            return self.env[node.all_input_nodes[0]]
         try:
             return self.run_node(node)
         except Exception:
