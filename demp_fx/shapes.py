@@ -185,6 +185,7 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
             aten.hardtanh.default, aten.silu.default, aten.elu.default, aten.leaky_relu.default,
             aten.mish.default, aten.softplus.default, aten.hardtanh_.default,
             aten.hardswish_.default, aten.silu_.default, aten.elu_.default,
+            aten.hardsigmoid_.default,
             aten.leaky_relu_.default, aten.relu_.default, aten.relu.default,
             aten.sigmoid.default, aten.tanh.default,
         )

@@ -99,9 +99,14 @@ class Stream(TorchDispatchMode):
                 if func.namespace == "aten":
                     raise
                 out = on_zeros(func, args, kwargs)  # an op of somebody's own, without a fake
-        if not self.labelled:
+        if self.labelled:
+            self.met(func, args, kwargs, out)
+        else:
             self._dry(func, args, out)
-            return out
+        return out
+
+    def met(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Take down that an op was called: what it writes, and what it couples."""
         site = Site(_name(func), self.site.node, self.site.source)
         call = Call(func, args, kwargs, out, site)
         writes = []
@@ -115,7 +120,6 @@ class Stream(TorchDispatchMode):
             value = self.value(write.tensor)
             if len(labels) == len(value.labels) and all(map(same_label, labels, value.labels)):
                 write.labels, write.facts = labels, value.facts
-        return out
 
     def _dry(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Where only shapes are wanted: count multiplications, and see that indices are there."""

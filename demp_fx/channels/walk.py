@@ -21,7 +21,6 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from demp_fx.calls import called
-from demp_fx.channels import plain
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
@@ -30,6 +29,7 @@ from demp_fx.channels.facts import Facts, in_each_mode
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
+from demp_fx.channels.plain import call_of
 from demp_fx.channels.running import Running
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
@@ -190,11 +190,10 @@ class Walk(Places):
         """What a node gives where only shapes and multiplications are wanted."""
         if node.op == "call_module":
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-            found = plain.given(self.layers[str(node.target)], args, kwargs)
-            if found is not None:
-                out, macs = found
-                self.system.macs += macs
-                return out
+            plain = call_of(self.layers[str(node.target)], args, kwargs)
+            if plain is not None:
+                self.system.macs += plain.macs
+                return plain.out
         return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
 
     def _shapes(self, node: fx.Node) -> None:
@@ -251,7 +250,12 @@ class Walk(Places):
         if layer is not None and LayerOp.takes(layer):
             return self._recurrent(layer, args, kwargs)
         start, run = self.system.mark(), self._target(node)
+        plain = None if layer is None else call_of(layer, args, kwargs)
         try:
+            if plain is not None:
+                if plain.op is not None:
+                    self.met(plain.op, plain.args, plain.kwargs, plain.out)
+                return plain.out
             with self:
                 if layer is not None:
                     return self._module(layer, args, kwargs)

@@ -84,7 +84,9 @@ def _planned(walked: Walk, plan: PruningPlan) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and node.name not in wide:
             new = plan.nodes.get(node.name)
             shape = [(new or {}).get(d, n) for d, n in enumerate(value.shape)]
-            planned[node.name] = value.new_empty(shape, device="meta") if new else value
+            planned[node.name] = (
+                torch.empty(shape, dtype=value.dtype, device="meta") if new else value
+            )
     return planned
 
 

@@ -8,6 +8,8 @@ from tests.fuzz.check import check
 from tests.fuzz.network import Net
 
 FOUND = {
+    "a number of the code's, which is as exact as what it is padded on": """
+        Net(blocks=(Reorder(how='padded'),), stem=2)""",
     "a single channel that is picked by a number": """
         Net(blocks=(Split(how='index', first=1, work='layer'),), space=(5, 4), stem=2,
             kills=('zero',), fraction=0.5, cuts='always')""",

@@ -33,6 +33,13 @@ def contract(equation: str, bias: str | None = None) -> Rule:
     return rule
 
 
+def linear(walk: Stream, call: Call) -> None:
+    """...i,oi->...o"""
+    x, weight, bias = call.args
+    others = "ABCDEFGHJKLMNPQRSTUVWXYZ"[: x.dim() - 1]
+    meet(walk, call, Operand(x, others + "i"), Operand(weight, "oi"), others + "o", bias)
+
+
 def meet(
     walk: Stream, call: Call, a: Operand, b: Operand, result: str, bias: Tensor | None,
     padded: bool = False, macs: int = 0,
@@ -255,6 +262,7 @@ def experts(walk: Stream, call: Call) -> None:
 
 
 RULES: dict[str, Rule] = {
+    "aten::linear": linear,
     "aten::mm": contract("ik,kj->ij"),
     "aten::addmm": contract("ik,kj->ij", bias="self"),
     "aten::bmm": contract("nik,nkj->nij"),

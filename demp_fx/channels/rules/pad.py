@@ -41,7 +41,7 @@ def pad(walk: Stream, call: Call) -> None:
         facts = Facts.of(facts.zero, facts.values) if facts is not None and fill == 0.0 else None
         if facts is not None and any(facts.known.size(d) > 1 for d in ends.keys() - grown):
             facts = None
-    constant = Facts.exactly(torch.tensor(fill)).aligned(rank)
+    constant = Facts.exactly(torch.tensor(fill, dtype=out.dtype)).aligned(rank)
     for d in grown if walk.with_facts else ():
         before, behind = ends[d]
         facts = joined([constant, facts, constant], [before, x.size(d), behind], rank, d)

@@ -195,8 +195,10 @@ def _chosen(walk: Stream, call: Call) -> tuple[Facts | None, Facts | None] | Non
     one, other = (call.arg(name) for name in names[1:])
     if isinstance(other, Tensor):
         return walk.value(one).facts, walk.value(other).facts
-    number = None if walk.running.sized else Facts.exactly(torch.tensor(other))
-    return walk.value(one).facts, number
+    if walk.running.sized:
+        return walk.value(one).facts, None
+    number = torch.tensor(other, dtype=call.outputs[0].dtype)
+    return walk.value(one).facts, Facts.exactly(number)
 
 
 def either(a: Facts | None, b: Facts | None, out: Tensor) -> Facts | None:
