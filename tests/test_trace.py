@@ -730,6 +730,7 @@ def test_an_identity_of_nothing_is_nothing() -> None:
 SIZES: dict[str, Any] = {
     "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
     "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),
+    "a quotient": lambda x: x.view(int(x.shape[0] * 4 / (4 * 2 / 2)), 2, -1),
     "checked": lambda x: x.view(int(x.size(0)), -1) if isinstance(x.size(0), int) else x.view(-1),
     "plain": lambda x: x * int("3") + len([1, 2]) + int(2.5) + int("11", base=2) + len(x.shape),
     "types": lambda x: x * isinstance(3, int) * [int].count(type(len(""))) * issubclass(bool, int),

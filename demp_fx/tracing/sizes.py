@@ -4,6 +4,7 @@ those of the example for good. Under their names in the model's own modules they
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,9 +31,10 @@ class _Int(type):
     """The type of what stands in for `int`, and is it in all but `is`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and type(_known(args[0])) is int:
-            return args[0]
-        return int(*args, **kwargs)
+        known = type(_known(args[0])) if len(args) == 1 else None
+        if known is float:  # `windows / (height * width / window**2)` is how many images there are
+            return args[0].tracer.create_proxy("call_function", math.trunc, args, {})
+        return args[0] if known is int else int(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, int) or type(_known(instance)) is int
