@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import demp_fx
+from demp_fx.errors import TraceError
 
 
 class Rewritten(nn.Module):
@@ -251,3 +252,82 @@ def test_what_is_gathered_after_a_write_has_it(
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     for head in ("heads.2", "heads.3"):
         assert narrow.get_parameter(f"{head}.weight").shape == (3, width - 5)
+
+
+def _assign(layer: nn.Conv2d) -> None:
+    layer.weight.data = layer.weight.data * layer.mask
+
+
+def _assign_in_place(layer: nn.Conv2d) -> None:
+    layer.weight.data *= layer.mask
+
+
+def _multiply(layer: nn.Conv2d) -> None:
+    layer.weight.data.mul_(layer.mask)
+
+
+class Masked(nn.Conv2d):
+    """A convolution that sees nothing of what comes after a pixel, as in a PixelCNN."""
+
+    mask: Tensor
+
+    def __init__(self, change: Callable[[nn.Conv2d], None], channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.change = change
+        mask = torch.ones_like(self.weight)
+        mask[:, :, 1, 2:], mask[:, :, 2:] = 0, 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("change", [_assign, _assign_in_place, _multiply])
+def test_a_weight_that_is_masked_in_place_is_narrowed(change: Callable[[nn.Conv2d], None]) -> None:
+    torch.manual_seed(8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Masked(change, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        for layer in (net[0], net[1]):
+            layer.weight[:4], layer.bias[:4] = 0, 0
+    weight = net[1].weight.detach().clone()
+    x = torch.randn(2, 3, 6, 6)
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(net[1].weight, weight, rtol=0, atol=0)  # the model is as it was
+    assert narrow.get_parameter("1.weight").size(1) == 4
+    torch.testing.assert_close(narrow(x), net(x))
+
+
+def test_rows_of_a_weight_that_is_written_over_are_those_of_what_is_written() -> None:
+    class Fused(nn.Module):
+        """A layer that gets the product of two others as its weight, each time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fused = (nn.Linear(6, 6, bias=False) for _ in range(3))
+            with torch.no_grad():
+                self.fused.weight[:3], self.b.weight[4:] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fused.weight.data = self.b.weight.data @ self.a.weight.data
+            result: Tensor = self.fused(x)
+            return result
+
+    torch.manual_seed(9)
+    net, x = nn.Sequential(Fused(), nn.Linear(6, 2)).double(), torch.randn(5, 6).double()
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_data_of_another_form_is_in_no_graph() -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = torch.cat([self.weight.data, x[:1]])
+            return x @ self.weight.mT
+
+    with pytest.raises(TraceError, match="the data of a tensor is exchanged"):
+        demp_fx.trace(Grown(), torch.randn(3, 4))

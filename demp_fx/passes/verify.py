@@ -248,7 +248,7 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     kept = []
     if precision == "ops" and not isinstance(part, nn.RNNBase):
         kept = [t for t in before[0].values() if t.dim() > 1]
-    whole = {id(t) for t in kept}
+    whole, held = {id(t) for t in kept}, [t.data for t in kept]
     try:
         for table, saved in zip(tables, before, strict=True):
             for key, tensor in saved.items():
@@ -259,6 +259,11 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     finally:
         for table, saved in zip(tables, before, strict=True):
             table.update(saved)
+    exchanged = [(t, data) for t, data in zip(kept, held, strict=True) if not t.is_set_to(data)]
+    for tensor, data in exchanged:  # `weight.data = weight.data * mask`, which no mode sees
+        tensor.data = data
+    if exchanged:
+        raise RuntimeError("a weight would be changed")
 
 
 @contextmanager

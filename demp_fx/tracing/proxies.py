@@ -39,6 +39,19 @@ class _Known:
             return getattr(value, name)
         return self.tracer.lend(KnownAttribute(self, name))  # type: ignore[arg-type]
 
+    @property
+    def data(self) -> Any:
+        return self.tracer.lend(KnownAttribute(self, "data"))  # type: ignore[arg-type]
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        """`weight.data = weight.data * mask`: whoever reads the weight afterwards gets that."""
+        old, new = self.known(), self.tracer.values.of(value)
+        tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
+        if not tensors or (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise TypeError("the data of a tensor is exchanged for data of another form")
+        self.data.copy_(value)
+
     def __len__(self) -> int:
         return int(self.tracer.length(self))
 
