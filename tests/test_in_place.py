@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -331,3 +332,56 @@ def test_data_of_another_form_is_in_no_graph() -> None:
 
     with pytest.raises(TraceError, match="the data of a tensor is exchanged"):
         demp_fx.trace(Grown(), torch.randn(3, 4))
+
+
+AUGMENTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "+=": lambda x: operator.iadd(x, 1),
+    "-=": lambda x: operator.isub(x, 0.5),
+    "*=": lambda x: operator.imul(x, -2),
+    "/=": lambda x: operator.itruediv(x, 3),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+@pytest.mark.parametrize("again", [True, False])
+def test_an_augmented_assignment_is_in_place_where_another_name_reads_it(
+    name: str, again: bool
+) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            result: Tensor = self.b(AUGMENTED[name](hidden).relu())
+            return result + self.b(hidden) if again else result
+
+    net, x = Twice().double(), torch.randn(5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        net.a.weight[:3], net.a.bias[:3] = 0, 0
+    graph = demp_fx.trace(net, x)
+    kinds = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    in_place = [node for node in graph.graph.nodes if node.target in kinds]
+    assert len(in_place) == again
+    torch.testing.assert_close(graph(x), net(x), rtol=0, atol=0)
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_that_writes_into_its_input_is_compared_on_copies() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 255.0
+            result: Tensor = self.layer(x)
+            return result
+
+    net, x = Scaled().double(), torch.randn(3, 4, dtype=torch.float64)
+    before = x.clone()
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+    torch.testing.assert_close(narrow(x.clone()), net(x.clone()))

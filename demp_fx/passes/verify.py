@@ -187,11 +187,12 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
     """The output without gradients, randomness or a trace on the module, whatever it keeps.
 
     `precision`: in float64, to which "ops" convert weights, or the "whole" module at once; or in
-    the "own" dtype of the parameters.
+    the "own" dtype of the parameters. Inputs are copies: code may write into them (`x *= 255`).
     """
     double = precision != "own"
-    if double:
-        inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
+    inputs = inputs.map(
+        lambda t: t.to(torch.float64 if double and t.is_floating_point() else t.dtype, copy=True)
+    )
     modes = [(m, m.training) for m in module.modules()]
     try:
         _follow(module, training)

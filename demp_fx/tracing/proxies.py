@@ -81,6 +81,26 @@ class _Known:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
+# `x += y` and its like: what is written in place, and what it is where nobody sees that.
+AUGMENTED: dict[Any, Any] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "xor")
+}
+
+
+def _augmented(in_place: Any) -> Any:
+    """The method of a proxy for such an operator: a node, whatever the proxy stands for."""
+
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", in_place, (self, other), {})
+
+    return method
+
+
+for _operator in AUGMENTED:
+    setattr(_Known, f"__{_operator.__name__}__", _augmented(_operator))
+
+
 class KnownProxy(_Known, fx.Proxy):
     """The proxy of a node."""
 

@@ -104,16 +104,17 @@ class Values(fx.Interpreter):
 
     def of(self, proxy: Any) -> Any:
         """The value of a proxy, or `UNKNOWN`; anything but a proxy is its own value."""
-        if not isinstance(proxy, fx.Proxy):
-            return proxy
-        pending = []
-        node = proxy.node
+        return self.of_node(proxy.node) if isinstance(proxy, fx.Proxy) else proxy
+
+    def of_node(self, last: fx.Node) -> Any:
+        """The value of a node, or `UNKNOWN`."""
+        pending, node = [], last
         while node.op != "root" and node not in self.tried:
             pending.append(node)
             node = node.prev
         if pending:
             self._run(pending[::-1])
-        return self.env.get(proxy.node, UNKNOWN)
+        return self.env.get(last, UNKNOWN)
 
     def _run(self, nodes: list[fx.Node]) -> None:
         self.tried.update(nodes)
