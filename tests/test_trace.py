@@ -750,6 +750,39 @@ def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) ->
     assert not {"len", "int"} & globals().keys()
 
 
+def swapped(x: Tensor) -> Tensor:
+    order = torch.cat((torch.tensor([1, 0], device=x.device), torch.arange(2, x.ndim)))
+    return x.unsqueeze(2).permute(*order, 2).contiguous()
+
+
+def as_many(x: Tensor) -> Tensor:
+    counts = torch.tensor([2, 3], device=x.device)
+    for _ in range(int(counts.sum())):
+        x = x * 2
+    return x
+
+
+@pytest.mark.parametrize("compute", [swapped, as_many])
+def test_numbers_in_tensors_that_nothing_goes_into_are_known(
+    compute: Callable[[Tensor], Tensor],
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return compute(self.a(x)).flatten(1).sum(1)
+
+    net = Net().double()
+    graph = demp_fx.trace(net, X)
+    assert not graph.meta["demp_fx"].exported
+    assert not graph.meta["demp_fx"].opaque
+    for x in (X, tensor(9, 4)):
+        torch.testing.assert_close(graph(x), net(x))
+    torch.testing.assert_close(demp_fx.compile(net, X).module(X), net(X))
+
+
 NUMPY: dict[str, Any] = {
     "a number": lambda x: x / np.sqrt(2.0) + np.sqrt(3.0) * x - np.float32(0.5),
     "an index": lambda x: x[:, : np.int64(2)].sum(np.int64(1)),
