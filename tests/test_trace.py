@@ -750,6 +750,27 @@ def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) ->
     assert not {"len", "int"} & globals().keys()
 
 
+ELSEWHERE = types.ModuleType("helpers_of_a_model")
+exec(
+    "def back(windows, height):\n"
+    "    images = int(windows.shape[0] / (height / 2))\n"
+    "    return windows.view(images, height, -1)",
+    vars(ELSEWHERE),
+)
+back = ELSEWHERE.back
+
+
+def test_helpers_from_another_file_get_sizes_of_any_batch() -> None:
+    class Windows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return back(x.view(-1, 2, 1), 4)
+
+    graph = demp_fx.trace(Windows(), X)
+    for x in (X, tensor(9, 4)):
+        torch.testing.assert_close(graph(x), Windows()(x))
+    assert not {"len", "int"} & vars(ELSEWHERE).keys()
+
+
 def swapped(x: Tensor) -> Tensor:
     order = torch.cat((torch.tensor([1, 0], device=x.device), torch.arange(2, x.ndim)))
     return x.unsqueeze(2).permute(*order, 2).contiguous()
