@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import demp_fx
+from demp_fx.errors import TraceError
 
 
 class Rewritten(nn.Module):
@@ -251,3 +253,135 @@ def test_what_is_gathered_after_a_write_has_it(
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     for head in ("heads.2", "heads.3"):
         assert narrow.get_parameter(f"{head}.weight").shape == (3, width - 5)
+
+
+def _assign(layer: nn.Conv2d) -> None:
+    layer.weight.data = layer.weight.data * layer.mask
+
+
+def _assign_in_place(layer: nn.Conv2d) -> None:
+    layer.weight.data *= layer.mask
+
+
+def _multiply(layer: nn.Conv2d) -> None:
+    layer.weight.data.mul_(layer.mask)
+
+
+class Masked(nn.Conv2d):
+    """A convolution that sees nothing of what comes after a pixel, as in a PixelCNN."""
+
+    mask: Tensor
+
+    def __init__(self, change: Callable[[nn.Conv2d], None], channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.change = change
+        mask = torch.ones_like(self.weight)
+        mask[:, :, 1, 2:], mask[:, :, 2:] = 0, 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("change", [_assign, _assign_in_place, _multiply])
+def test_a_weight_that_is_masked_in_place_is_narrowed(change: Callable[[nn.Conv2d], None]) -> None:
+    torch.manual_seed(8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Masked(change, 8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        for layer in (net[0], net[1]):
+            layer.weight[:4], layer.bias[:4] = 0, 0
+    weight = net[1].weight.detach().clone()
+    x = torch.randn(2, 3, 6, 6)
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(net[1].weight, weight, rtol=0, atol=0)  # the model is as it was
+    assert narrow.get_parameter("1.weight").size(1) == 4
+    torch.testing.assert_close(narrow(x), net(x))
+
+
+def test_rows_of_a_weight_that_is_written_over_are_those_of_what_is_written() -> None:
+    class Fused(nn.Module):
+        """A layer that gets the product of two others as its weight, each time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fused = (nn.Linear(6, 6, bias=False) for _ in range(3))
+            with torch.no_grad():
+                self.fused.weight[:3], self.b.weight[4:] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fused.weight.data = self.b.weight.data @ self.a.weight.data
+            result: Tensor = self.fused(x)
+            return result
+
+    torch.manual_seed(9)
+    net, x = nn.Sequential(Fused(), nn.Linear(6, 2)).double(), torch.randn(5, 6).double()
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_data_of_another_form_is_in_no_graph() -> None:
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = torch.cat([self.weight.data, x[:1]])
+            return x @ self.weight.mT
+
+    with pytest.raises(TraceError, match="the data of a tensor is exchanged"):
+        demp_fx.trace(Grown(), torch.randn(3, 4))
+
+
+AUGMENTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "+=": lambda x: operator.iadd(x, 1),
+    "-=": lambda x: operator.isub(x, 0.5),
+    "*=": lambda x: operator.imul(x, -2),
+    "/=": lambda x: operator.itruediv(x, 3),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+@pytest.mark.parametrize("again", [True, False])
+def test_an_augmented_assignment_is_in_place_where_another_name_reads_it(
+    name: str, again: bool
+) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            result: Tensor = self.b(AUGMENTED[name](hidden).relu())
+            return result + self.b(hidden) if again else result
+
+    net, x = Twice().double(), torch.randn(5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        net.a.weight[:3], net.a.bias[:3] = 0, 0
+    graph = demp_fx.trace(net, x)
+    kinds = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    in_place = [node for node in graph.graph.nodes if node.target in kinds]
+    assert len(in_place) == again
+    torch.testing.assert_close(graph(x), net(x), rtol=0, atol=0)
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_that_writes_into_its_input_is_compared_on_copies() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 255.0
+            result: Tensor = self.layer(x)
+            return result
+
+    net, x = Scaled().double(), torch.randn(3, 4, dtype=torch.float64)
+    before = x.clone()
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+    torch.testing.assert_close(narrow(x.clone()), net(x.clone()))

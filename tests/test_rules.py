@@ -80,6 +80,17 @@ class Step(torch.autograd.Function):
 step = Step.apply
 
 
+class Outside(Step):
+    """Rounds where no walk can follow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy().round())
+
+
+outside = Outside.apply
+
+
 class Middle(nn.Module):
     """A layer whose outputs `DEAD` are zero, an operation, and a reader."""
 
@@ -127,7 +138,7 @@ def raised(x: Tensor) -> Tensor:
         (faceless, "demp_rules::faceless"),
         (backwards, "demp_rules::backwards"),
         (raised, "demp_rules::raise_"),
-        (step, f"{__name__}.Step"),
+        (outside, f"{__name__}.Outside"),
     ],
 )
 def test_without_a_rule_it_is_left_alone_and_named(
@@ -140,13 +151,90 @@ def test_without_a_rule_it_is_left_alone_and_named(
     assert __file__ in str(pin.source)
 
 
-@pytest.mark.parametrize("op", [swell, step])
+@pytest.mark.parametrize("op", [swell, outside])
 def test_pointwise(op: Callable[[Tensor], Tensor]) -> None:
     demp_fx.rule("demp_rules::swell", "pointwise")
-    demp_fx.rule(Step, "pointwise")
+    demp_fx.rule(Outside, "pointwise")
     result, width = compiled(op)
     assert width == 5
-    assert not [p for p in result.report.pinned if "swell" in p.op or "Step" in p.op]
+    assert not [p for p in result.report.pinned if "swell" in p.op or "Outside" in p.op]
+
+
+class Reverse(torch.autograd.Function):
+    """A view, with a gradient of its own; it says apart what the backward will need."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * grad, None
+
+
+class Swish(torch.autograd.Function):
+    """Keeps its input instead of two results."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = x.sigmoid()
+        return grad * gate * (1 + x * (1 - gate))
+
+
+class Limited(Step):
+    """The length of its gradient is one."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / grad.norm(dim=-1, keepdim=True)
+
+
+class Centred(Step):
+    """Takes off an average, as nobody can tell it how many zeros it has been over."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.sum(-1, keepdim=True) / x.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad - grad.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "left"),
+    [
+        (step, 5),
+        (Swish.apply, 5),
+        (lambda x: Reverse.apply(x, 0.5), 5),
+        (Limited.apply, 8),
+        (Centred.apply, 8),
+    ],
+    ids=["step", "swish", "reverse", "limited", "centred"],
+)
+def test_an_autograd_function_is_what_its_forward_and_its_backward_do(
+    op: Callable[[Tensor], Tensor], left: int
+) -> None:
+    result, width = compiled(op)
+    assert width == left
+    assert any("over channels" in p.reason for p in result.report.pinned) == (left == 8)
+    model, x = Middle(op), torch.randn(5, 4, dtype=torch.float64)
+    for net in (model, result.module):
+        net(x).square().sum().backward()
+    grads = [net.get_parameter("make.weight").grad for net in (model, result.module)]
+    assert grads[0] is not None
+    keep = [k for k in range(8) if k not in DEAD or left == 8]
+    torch.testing.assert_close(grads[1], grads[0][keep])
 
 
 def test_a_contraction() -> None:

@@ -730,6 +730,7 @@ def test_an_identity_of_nothing_is_nothing() -> None:
 SIZES: dict[str, Any] = {
     "len": lambda x: x.new_ones(1, 4).expand(len(x), -1),
     "int": lambda x: x.reshape(int(x.shape[0]), 2, 2),
+    "a quotient": lambda x: x.view(int(x.shape[0] * 4 / (4 * 2 / 2)), 2, -1),
     "checked": lambda x: x.view(int(x.size(0)), -1) if isinstance(x.size(0), int) else x.view(-1),
     "plain": lambda x: x * int("3") + len([1, 2]) + int(2.5) + int("11", base=2) + len(x.shape),
     "types": lambda x: x * isinstance(3, int) * [int].count(type(len(""))) * issubclass(bool, int),
@@ -747,6 +748,60 @@ def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) ->
     for x in (X, tensor(9, 4)):
         torch.testing.assert_close(graph(x), Tail()(x))
     assert not {"len", "int"} & globals().keys()
+
+
+ELSEWHERE = types.ModuleType("helpers_of_a_model")
+exec(
+    "def back(windows, height):\n"
+    "    images = int(windows.shape[0] / (height / 2))\n"
+    "    return windows.view(images, height, -1)",
+    vars(ELSEWHERE),
+)
+back = ELSEWHERE.back
+
+
+def test_helpers_from_another_file_get_sizes_of_any_batch() -> None:
+    class Windows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return back(x.view(-1, 2, 1), 4)
+
+    graph = demp_fx.trace(Windows(), X)
+    for x in (X, tensor(9, 4)):
+        torch.testing.assert_close(graph(x), Windows()(x))
+    assert not {"len", "int"} & vars(ELSEWHERE).keys()
+
+
+def swapped(x: Tensor) -> Tensor:
+    order = torch.cat((torch.tensor([1, 0], device=x.device), torch.arange(2, x.ndim)))
+    return x.unsqueeze(2).permute(*order, 2).contiguous()
+
+
+def as_many(x: Tensor) -> Tensor:
+    counts = torch.tensor([2, 3], device=x.device)
+    for _ in range(int(counts.sum())):
+        x = x * 2
+    return x
+
+
+@pytest.mark.parametrize("compute", [swapped, as_many])
+def test_numbers_in_tensors_that_nothing_goes_into_are_known(
+    compute: Callable[[Tensor], Tensor],
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return compute(self.a(x)).flatten(1).sum(1)
+
+    net = Net().double()
+    graph = demp_fx.trace(net, X)
+    assert not graph.meta["demp_fx"].exported
+    assert not graph.meta["demp_fx"].opaque
+    for x in (X, tensor(9, 4)):
+        torch.testing.assert_close(graph(x), net(x))
+    torch.testing.assert_close(demp_fx.compile(net, X).module(X), net(X))
 
 
 NUMPY: dict[str, Any] = {

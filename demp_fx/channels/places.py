@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,17 +219,20 @@ class Places(Stream):
     def _refresh(self, n: fx.Node) -> None:
         """See whether what a node has given was written into since. (That is no part of what its
         reader records, and stays where that is forgotten.)"""
-        tensor = self.env[n]
+        self._look_again(self.env[n], n.name)
+
+    def _look_again(self, tensor: Any, name: str = "") -> None:
+        """The same for a tensor, be it what the node `name` has given or a weight of a layer."""
         if isinstance(tensor, Tensor):
             value = self.value(tensor)
             if value.version != self.version(tensor):
-                self._stale(n, value)
+                self._stale(name, tensor, value)
 
-    def _stale(self, n: fx.Node, value: Value) -> None:
-        """`n` was changed in place through another name. Where that put one number everywhere, or
-        each channel into itself, it is known what `n` holds now; else nothing about it can be
+    def _stale(self, name: str, tensor: Tensor, value: Value) -> None:
+        """A tensor was changed in place through another name. Where that put one number everywhere,
+        or each channel into itself, it is known what it holds now; else nothing about it can be
         relied on."""
-        tensor: Tensor = self.env[n]
+        value = tensor.__dict__["demp"] = replace(value)  # of a parameter the old one is kept
         storage = memory_of(tensor)
         writes = self.writes[storage][value.version :]
         shared = {other.name for other, t in self.env.items()
@@ -242,7 +246,7 @@ class Places(Stream):
         for edge in edges:  # no cut on the way: the write would go to a copy
             if fills or holds:
                 self.system.same(edge.source, edge.target, self.site)
-            elif edge.producer == n.name:
+            elif edge.producer == name:
                 self.system.pin(edge.target, CHANGED, self.site)
         for label in () if fills or holds else value.labels:
             self.system.pin(label, CHANGED, self.site)

@@ -67,6 +67,7 @@ class Stream(TorchDispatchMode):
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.running: Running
+        self.zeros_matter: bool | None = None  # to sums; None: that depends on the running node
         self.applied = 0  # of the node that runs: how many ops touched channels,
         self.moves = 0  # how many of them only moved data,
         self.unfit: list[tuple[Tensor, str]] = []  # labels moved in a way that narrowing breaks,

@@ -154,6 +154,9 @@ class Walk(Places):
             self.made.add(node)
         for n in node.all_input_nodes if called(node) not in SIZES else ():
             self._refresh(n)
+        if node.op == "call_module":
+            for weight in self.layers[str(node.target)].parameters():
+                self._look_again(weight)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -283,6 +286,8 @@ class Walk(Places):
         """What a node calls."""
         if node.op == "call_method":
             return lambda x, *args, **kwargs: getattr(x, str(node.target))(*args, **kwargs)
+        if node.target is getattr and node.args[1] == "data":
+            return lambda x, _: x.detach()  # a view, which no mode would see
         run: Callable[..., Any] = node.target  # type: ignore[assignment]
         return self.layers[str(node.target)] if node.op == "call_module" else run
 

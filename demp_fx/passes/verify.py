@@ -187,11 +187,12 @@ def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision 
     """The output without gradients, randomness or a trace on the module, whatever it keeps.
 
     `precision`: in float64, to which "ops" convert weights, or the "whole" module at once; or in
-    the "own" dtype of the parameters.
+    the "own" dtype of the parameters. Inputs are copies: code may write into them (`x *= 255`).
     """
     double = precision != "own"
-    if double:
-        inputs = inputs.map(lambda t: t.to(torch.float64) if t.is_floating_point() else t)
+    inputs = inputs.map(
+        lambda t: t.to(torch.float64 if double and t.is_floating_point() else t.dtype, copy=True)
+    )
     modes = [(m, m.training) for m in module.modules()]
     try:
         _follow(module, training)
@@ -248,7 +249,7 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     kept = []
     if precision == "ops" and not isinstance(part, nn.RNNBase):
         kept = [t for t in before[0].values() if t.dim() > 1]
-    whole = {id(t) for t in kept}
+    whole, held = {id(t) for t in kept}, [t.data for t in kept]
     try:
         for table, saved in zip(tables, before, strict=True):
             for key, tensor in saved.items():
@@ -259,6 +260,11 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
     finally:
         for table, saved in zip(tables, before, strict=True):
             table.update(saved)
+    exchanged = [(t, data) for t, data in zip(kept, held, strict=True) if not t.is_set_to(data)]
+    for tensor, data in exchanged:  # `weight.data = weight.data * mask`, which no mode sees
+        tensor.data = data
+    if exchanged:
+        raise RuntimeError("a weight would be changed")
 
 
 @contextmanager

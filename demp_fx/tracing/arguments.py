@@ -6,6 +6,7 @@ are computed as a whole are spelled out one by one (`x.view(y.shape[:-1] + (8,))
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.operator_schemas import get_signature_for_torch_op
+from torch.utils import _pytree as pytree
 
 from demp_fx.tracing.values import UNKNOWN, Values
 
@@ -24,6 +26,8 @@ LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 # Methods and functions whose last argument may be all sizes of the result.
 SHAPED: set[Any] = {"view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"}
 SHAPED |= {torch.reshape, torch.zeros, torch.ones, torch.empty}
+# What takes dims one by one, also as tensors of one number: `x.permute(*order)`.
+ORDERED: set[Any] = {"permute", "transpose", "movedim", torch.permute}
 _PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -53,7 +57,9 @@ def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Paramete
 
 
 def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
-    """A target and its arguments, each size one of its own."""
+    """A target and its arguments, each size one of its own, and each dim a number."""
+    if target in ORDERED:
+        return target, pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), args)
     shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
     if not shaped and not (target in LIKE and len(args) == 2):
         return target, args
@@ -68,6 +74,15 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     if isinstance(sizes, tuple):
         args = (*args[:-1], tuple(last[d] for d in range(len(sizes))))
     return target, args
+
+
+def _number(proxy: fx.Proxy, values: Values) -> Any:
+    """The number in a tensor that the code has made, of nothing but numbers; else the proxy."""
+    value = values.of(proxy)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        with contextlib.suppress(TypeError):
+            return int(values.real(proxy.node, sized=False))
+    return proxy
 
 
 def _is_one(size: Any) -> bool:

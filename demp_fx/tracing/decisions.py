@@ -33,7 +33,9 @@ class Decisions(fx.Tracer):
     def decided(self, proxy: Any) -> Any:
         """The value of `proxy`, from now on taken as given; refused where it depends on data."""
         value = self.values.of(proxy)
-        if value is UNKNOWN or isinstance(value, Tensor):
+        if isinstance(value, Tensor):
+            value = self.values.real(proxy.node)
+        if value is UNKNOWN:
             raise TypeError("control flow depends on the values in a tensor")
         self._note(proxy.node)
         return value

@@ -25,6 +25,8 @@ from torch.overrides import _get_overridable_functions
 from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
+from demp_fx.tracing.values import DRAWS
+
 
 class Apply:
     """Calls an autograd function. `Function.apply` itself says that it is torch's own, and
@@ -97,10 +99,6 @@ _RECORDED: dict[types.ModuleType, dict[str, Any]] = {
 ATEN = {id(vars(module)[name]) for module, table in _RECORDED.items() for name in table}
 
 
-# What draws anew at each call, even where nothing of the input goes into it.
-_DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson"}
-
-
 def _drawn(tracer: Any, recorded: Callable[..., Any]) -> Callable[..., Any]:
     """A draw that is a node; one from a generator of the code's own can be in no graph."""
     function: Any = recorded.__wrapped__  # type: ignore[attr-defined]
@@ -126,7 +124,7 @@ def aten_as_nodes(tracer: Any) -> Iterator[None]:
             table = vars(module)
             stack.callback(table.update, {name: table[name] for name in recorded})
             mine = {n: f for n, f in recorded.items() if table[n] is f.__wrapped__}
-            draws = {n: _drawn(tracer, f) for n, f in mine.items() if n in _DRAWS}
+            draws = {n: _drawn(tracer, f) for n, f in mine.items() if n in DRAWS}
             table.update(mine | draws)
         yield
 

@@ -39,6 +39,19 @@ class _Known:
             return getattr(value, name)
         return self.tracer.lend(KnownAttribute(self, name))  # type: ignore[arg-type]
 
+    @property
+    def data(self) -> Any:
+        return self.tracer.lend(KnownAttribute(self, "data"))  # type: ignore[arg-type]
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        """`weight.data = weight.data * mask`: whoever reads the weight afterwards gets that."""
+        old, new = self.known(), self.tracer.values.of(value)
+        tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
+        if not tensors or (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise TypeError("the data of a tensor is exchanged for data of another form")
+        self.data.copy_(value)
+
     def __len__(self) -> int:
         return int(self.tracer.length(self))
 
@@ -66,6 +79,26 @@ class _Known:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+# `x += y` and its like: what is written in place, and what it is where nobody sees that.
+AUGMENTED: dict[Any, Any] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "xor")
+}
+
+
+def _augmented(in_place: Any) -> Any:
+    """The method of a proxy for such an operator: a node, whatever the proxy stands for."""
+
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", in_place, (self, other), {})
+
+    return method
+
+
+for _operator in AUGMENTED:
+    setattr(_Known, f"__{_operator.__name__}__", _augmented(_operator))
 
 
 class KnownProxy(_Known, fx.Proxy):

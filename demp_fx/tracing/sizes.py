@@ -4,14 +4,19 @@ those of the example for good. Under their names in the model's own modules they
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from demp_fx.tracing.values import UNKNOWN
+
+OTHERS = {"torch", "numpy", "einops", "einx"}  # packages whose code is no model's
 
 
 def _known(value: Any) -> Any:
@@ -30,9 +35,10 @@ class _Int(type):
     """The type of what stands in for `int`, and is it in all but `is`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and type(_known(args[0])) is int:
-            return args[0]
-        return int(*args, **kwargs)
+        known = type(_known(args[0])) if len(args) == 1 else None
+        if known is float:  # `windows / (height * width / window**2)` is how many images there are
+            return args[0].tracer.create_proxy("call_function", math.trunc, args, {})
+        return args[0] if known is int else int(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, int) or type(_known(instance)) is int
@@ -53,18 +59,28 @@ class _Whole(int, metaclass=_Int):
 
 @contextmanager
 def sizes_stay(root: nn.Module) -> Iterator[None]:
-    """Meanwhile the code around the forwards of `root`'s modules finds these under the names."""
+    """Meanwhile the code around the forwards of `root`'s modules, and around the functions that it
+    has from elsewhere, finds these under the names."""
     forwards = {
         inspect.unwrap(type(module).forward)
         for module in root.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     }
     spaces = {id(space): space for f in forwards if (space := getattr(f, "__globals__", None))}
+    for space in [space for space in spaces.values() if _is_own(space)]:
+        for thing in list(space.values()):
+            if isinstance(thing, FunctionType):
+                spaces.setdefault(id(thing.__globals__), thing.__globals__)
     with ExitStack() as stack:
-        for space in spaces.values():
-            own = not space.get("__name__", "").startswith("torch.")
+        for space in filter(_is_own, spaces.values()):
             for name, stand_in in {"len": _length, "int": _Whole}.items():
-                if own and name not in space:
+                if name not in space:
                     space[name] = stand_in
                     stack.callback(space.pop, name)
         yield
+
+
+def _is_own(space: dict[str, Any]) -> bool:
+    """Whether a module's names are those of the model's code."""
+    package = str(space.get("__name__", "")).partition(".")[0]
+    return package not in OTHERS and package not in sys.stdlib_module_names

@@ -39,7 +39,7 @@ from demp_fx.tracing.functions import (
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.preserve import preserved
-from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
+from demp_fx.tracing.proxies import AUGMENTED, Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line
@@ -112,6 +112,7 @@ class Tracer(Decisions):
             finally:
                 self._take_back()
         graph._tracer_cls = None
+        self._tidy_augmented(graph)
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
             if not node.users and (node.op == "get_attr" or node.target in _PURE):
@@ -263,6 +264,17 @@ class Tracer(Decisions):
             self._roll_back(mark)
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
+    def _tidy_augmented(self, graph: fx.Graph) -> None:
+        """`x += y` where nobody reads `x` by another name afterwards is a sum like any other; and
+        numbers have no place to write to."""
+        done: set[fx.Node] = set()
+        for node in graph.nodes:
+            done.add(node)
+            if node.target in AUGMENTED and node.op == "call_function":
+                read = isinstance(node.args[0], fx.Node) and not done >= node.args[0].users.keys()
+                if not (read and isinstance(self.values.of_node(node.args[0]), Tensor)):
+                    node.target = AUGMENTED[node.target]
 
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes

@@ -21,6 +21,10 @@ from demp_fx.tracing.norms import PLAIN
 NUMBERS = {"item": "", "tolist": "", "numpy": "", "repeat_interleave": "output_size",
            "one_hot": "num_classes"}  # fmt: skip
 
+# What draws anew at each call, even where nothing of the input goes into it.
+DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson"}
+_META = torch.device("meta")
+
 # How code asks a tensor for the kind of its device.
 _IS_ON = {"is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta"}
 
@@ -105,16 +109,38 @@ class Values(fx.Interpreter):
 
     def of(self, proxy: Any) -> Any:
         """The value of a proxy, or `UNKNOWN`; anything but a proxy is its own value."""
-        if not isinstance(proxy, fx.Proxy):
-            return proxy
-        pending = []
-        node = proxy.node
+        return self.of_node(proxy.node) if isinstance(proxy, fx.Proxy) else proxy
+
+    def of_node(self, last: fx.Node) -> Any:
+        """The value of a node, or `UNKNOWN`."""
+        pending, node = [], last
         while node.op != "root" and node not in self.tried:
             pending.append(node)
             node = node.prev
         if pending:
             self._run(pending[::-1])
-        return self.env.get(proxy.node, UNKNOWN)
+        return self.env.get(last, UNKNOWN)
+
+    def real(self, node: fx.Node, sized: bool = True) -> Any:
+        """What a node gives that nothing goes into but the code's own numbers (and, if it may be
+        `sized`, sizes of the example inputs).
+
+        Raises `TypeError` where there is more to it.
+        """
+        value = self.of_node(node)
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        if isinstance(value, torch.dtype) or (sized and not isinstance(value, (Tensor, Unknown))):
+            return value
+        if node.op == "get_attr" and node.target not in self.state:
+            return self.fetch_attr(str(node.target))  # a tensor that the code has made
+        drawn = getattr(node.target, "__name__", node.target) in DRAWS
+        if drawn or node.op not in ("call_function", "call_method"):
+            raise TypeError("control flow depends on the values in a tensor")
+        numbers = functools.partial(self.real, sized=sized)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), numbers)
+        with self._running(torch.device("cpu")):
+            return getattr(fx.Interpreter, node.op)(self, node.target, args, kwargs)
 
     def _run(self, nodes: list[fx.Node]) -> None:
         self.tried.update(nodes)
@@ -139,12 +165,12 @@ class Values(fx.Interpreter):
                 self.env.update(before)
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, device: torch.device = _META) -> Iterator[None]:
         self.busy = True
         try:
             with (
                 torch.no_grad(),
-                torch.device("meta"),
+                device,
                 _Shortcuts(),  # type: ignore[no-untyped-call]
                 warnings.catch_warnings(),
             ):

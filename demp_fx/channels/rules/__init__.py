@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from demp_fx.channels.followed import follow
 from demp_fx.channels.rules import (
     bilinear,
     complex,
@@ -69,5 +70,8 @@ def _out_of_place(op: torch._ops.OpOverload) -> torch._ops.OpOverload:
 
 
 def opaque(walk: Stream, call: Call) -> None:
-    """An op that has no row: everything it touches stays as it is, and the report says so."""
+    """An op that has no row: everything it touches stays as it is, and the report says so. An
+    autograd function is what its forward and its backward do, where these can be followed."""
+    if follow(walk, call):
+        return
     walk.leave(call, f"{call.op._schema.name} is not known to keep channels apart")

@@ -84,6 +84,8 @@ def _inert(walk: Stream, call: Call) -> bool:
     name, orders = call.op._schema.name, (call.arg("ord"), call.arg("p"))
     if any(isinstance(order, (int, float)) and order < 0 for order in orders):
         return False  # a norm of numbers to a negative power
+    if walk.zeros_matter is not None:
+        return not walk.zeros_matter and name in {*INERT, "aten::mean"}
     return name in INERT or (name == "aten::mean" and walk.running.counted)
 
 
