@@ -236,7 +236,7 @@ class Walk(Places):
                 self._blocks(label)
 
     def _call(self, node: fx.Node, entered: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), entered.__getitem__)
+        args, kwargs = _writable(map_arg((node.args, node.kwargs), entered.__getitem__))
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
         self.running = Running(
@@ -375,6 +375,16 @@ class Walk(Places):
 def _coded(graph: fx.GraphModule) -> Iterator[nn.Module]:
     """Modules whose own code runs, and may write to what they hold."""
     return (m for m in graph.modules() if not type(m).__module__.startswith("torch."))
+
+
+def _writable(tree: Any) -> Any:
+    """Arguments as the code gets them: with lists and dicts of its own, those of a node being such
+    that refuse to be written to."""
+    if type(tree) is tuple:
+        return tuple(map(_writable, tree))
+    if isinstance(tree, list):
+        return list(map(_writable, tree))
+    return {k: _writable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _as_tensors(index: Any) -> Any:

@@ -85,6 +85,19 @@ class Spread(nn.Module):
         return self.c(self.norm(several.reshape(x.shape[0], 12, -1)).relu())
 
 
+class AcrossPositions(nn.Module):
+    """A weight over the positions: what is zero at all of them is zero in every mean of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(12, 8), nn.Linear(8, 4)
+        self.means = nn.Parameter(torch.randn(_SEQUENCE[0], 3))
+        dead(self.a, [1, 2, 6])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.einsum("bnd,nk->bkd", self.a(x), self.means))
+
+
 class ConstantValues(nn.Module):
     """Attention to values some of which are constant: a mean of them is that constant."""
 
@@ -202,6 +215,7 @@ MIXING: dict[str, Structure] = {
     "one value, several weights": (
         Spread, _SEQUENCE, {"values": (3, 12, 1), "norm": (7,), "c": (2, 7, 1)},
     ),
+    "weights over positions": (AcrossPositions, _SEQUENCE, {"a": (5, 12), "c": (4, 5)}),
     "constant values": (
         lambda: ConstantValues(F.scaled_dot_product_attention), _SEQUENCE, _MEANS,
     ),
