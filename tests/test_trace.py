@@ -1091,6 +1091,28 @@ def test_hooks_of_traced_modules_are_traced() -> None:
     torch.testing.assert_close(demp_fx.trace(model, X)(X), 3 * (2 * X + 1))
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@pytest.mark.parametrize("kind", ["backward_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_what_has_backward_hooks_stays_whole_and_runs_them(kind: str) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.a(x))
+
+    ran: list[nn.Module] = []
+    model = Outer(Inner().double())
+    for module in (model, model.inner, model.inner.a):
+        getattr(module, f"register_{kind}")(lambda module, *_: ran.append(module))
+    graph = demp_fx.trace(model, X)
+    assert graph.meta["demp_fx"].opaque["inner"].startswith("backward hooks")
+    assert "backward hooks of the model itself left out" in graph.meta["demp_fx"].baked
+    graph(X.clone().requires_grad_()).sum().backward()
+    assert sorted(type(module).__name__ for module in ran) == ["Inner", "Linear"]
+
+
 def test_what_is_no_module_is_refused() -> None:
     function: Any = torch.relu
     with pytest.raises(UsageError, match="has to be"):

@@ -105,6 +105,9 @@ class Tracer(Decisions):
             regions_as_nodes(self), sizes_stay(root), scripts_as_python(), items_as_nodes(self),
         ):  # fmt: skip
             set_modes(self.flags)
+            if _hears_gradients(root):
+                self.baked["backward hooks of the model itself left out"] = None
+                vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
             try:
                 graph = super().trace(root, concrete_args)
             finally:
@@ -167,7 +170,7 @@ class Tracer(Decisions):
         expression = self._expression(m)
         computing = name not in self.opaque and computes_weight(m)
         leaf = self.is_leaf_module(m, name) and not computing
-        reason = None if computing else _left_whole(m, leaf or expression is not None)
+        reason = None if computing else _left_whole(m, leaf, leaf or expression is not None)
         if reason:
             self.chosen.add(name)
             self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
@@ -361,8 +364,15 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _left_whole(module: nn.Module, replaced: bool) -> str | None:
-    """Why `module` must not be looked into; `replaced`: its forward would not be run as it is."""
+def _hears_gradients(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def _left_whole(module: nn.Module, leaf: bool, replaced: bool) -> str | None:
+    """Why `module` must not be looked into; `replaced`: its forward would not be run as it is. A
+    `leaf` is called, which runs what its gradients are for."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript module"
+    if _hears_gradients(module) and not leaf:
+        return "backward hooks"
     return "forward hooks" if replaced and _hooked(module) else None
