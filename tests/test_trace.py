@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Variable
 from torch.distributions import Categorical, Normal, kl_divergence
+from torch.func import functional_call
 
 import demp_fx
 from demp_fx.emit.module import source
@@ -1089,6 +1090,41 @@ def test_hooks_of_traced_modules_are_traced() -> None:
     model.inner.register_forward_hook(lambda module, args, output: 2 * output)
     model.register_forward_hook(lambda module, args, output: 3 * output)
     torch.testing.assert_close(demp_fx.trace(model, X)(X), 3 * (2 * X + 1))
+
+
+class Lent(nn.Module):
+    """One network, with the parameters of another, or with such as are computed."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.own, self.others = (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)) for _ in range(2))
+        self.computed = computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = dict(self.others.named_parameters())
+        if self.computed:
+            given = {name: 2 * p for name, p in given.items()}
+        result: Tensor = functional_call(self.own, given, (x,))
+        return result
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_layers_compute_with_what_they_are_lent(computed: bool) -> None:
+    model, x = Lent(computed).double(), torch.randn(5, 4).double()
+    with torch.no_grad():
+        model.others[0].weight[0] = 0
+    graph = demp_fx.trace(model, x)
+    assert bool(graph.meta["demp_fx"].exported) == computed
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-12, atol=1e-12)
+    narrow = demp_fx.compile(model, x).module
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_module_that_cannot_be_looked_into_is_not_called_without_what_it_is_lent() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 99), nn.Linear(99, 4), Lent(computed=True)), X.float()
+    graph = demp_fx.trace(model, x)
+    assert list(graph.meta["demp_fx"].opaque) == ["2"]
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook")

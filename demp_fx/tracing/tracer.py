@@ -98,6 +98,7 @@ class Tracer(Decisions):
             self.names.setdefault(id(tensor), name)
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
+        self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root.modules()), as_nodes(self), aten_as_nodes(self), batch_norms_in_parts(),
@@ -169,7 +170,7 @@ class Tracer(Decisions):
         name = self.path_of_module(m)
         expression = self._expression(m)
         computing = name not in self.opaque and computes_weight(m)
-        leaf = self.is_leaf_module(m, name) and not computing
+        leaf = self.is_leaf_module(m, name) and not (computing or self._borrows(m))
         reason = None if computing else _left_whole(m, leaf, leaf or expression is not None)
         if reason:
             self.chosen.add(name)
@@ -196,6 +197,8 @@ class Tracer(Decisions):
             return self._within(m, name, whole)
         except Exception as error:
             self._roll_back(mark)
+            if any(map(self._borrows, m.modules())):  # called in the graph, they have their own
+                raise
             self.opaque[name] = f"{first_line(error)} at {failed_at(error)}"
             try:
                 return self._within(m, name, whole)
@@ -210,6 +213,13 @@ class Tracer(Decisions):
             return False
         own = (*module._parameters.values(), *module._buffers.values())
         return all(t is None or isinstance(t, fx.Proxy) for t in own)
+
+    def _borrows(self, module: nn.Module) -> bool:
+        """Whether the forward has put other tensors into a module for now, as `functional_call`
+        does: which those are, only its own forward tells. (Code sets buffers of its own, too.)"""
+        held = self.held.get(module, {})
+        tables = (module._parameters, module._buffers)[: 1 + module.__module__.startswith("torch.")]
+        return any(t is not held.get(key, t) for table in tables for key, t in table.items())
 
     def _expression(self, module: nn.Module) -> Expression | None:
         kind = type(module)
