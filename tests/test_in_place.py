@@ -251,3 +251,34 @@ def test_what_is_gathered_after_a_write_has_it(
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     for head in ("heads.2", "heads.3"):
         assert narrow.get_parameter(f"{head}.weight").shape == (3, width - 5)
+
+
+class Reshaped(nn.Module):
+    """A value that is given another shape, under the name that it has; then code that may not be
+    looked into, as it asks for a number."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        same = x
+        x.unsqueeze_(1).transpose_(1, -1)  # (batch, 8, tokens, 1)
+        result = same.relu().squeeze_(-1)
+        if self.asks and float(result.detach().sum()) < -1:
+            return x
+        return result.mT
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_value_whose_shape_is_changed_in_place_has_it_under_each_name(asks: bool) -> None:
+    torch.manual_seed(0)
+    embed, head = nn.Linear(6, 8), nn.Linear(8, 3)
+    with torch.no_grad():
+        embed.weight[:3], embed.bias[:3] = 0, 0
+    net = nn.Sequential(embed, Reshaped(asks), head).double()
+    x = torch.randn(2, 5, 6).double()
+    result = demp_fx.compile(net, x)
+    assert list(result.report.opaque) == (["1"] if asks else [])
+    assert result.module.get_parameter("0.weight").shape == (8 if asks else 5, 6)
+    torch.testing.assert_close(result.module(x), net(x), rtol=1e-12, atol=1e-12)

@@ -1092,6 +1092,22 @@ def test_hooks_of_traced_modules_are_traced() -> None:
     torch.testing.assert_close(demp_fx.trace(model, X)(X), 3 * (2 * X + 1))
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize(
+    "index", [[slice(1), slice(2)], [..., slice(1, 3)], [[0, 1], [1, 3]], [1, 0, 1]]
+)
+def test_a_list_is_an_index_of_several_dims_or_picks_along_one(index: list[Any]) -> None:
+    class Picks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)[index]  # type: ignore[operator, no-any-return]
+
+    model = Picks()
+    model.a = nn.Linear(4, 8).double()
+    x = torch.randn(3, 4).double()
+    narrow = demp_fx.compile(model, x).module
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 class Lent(nn.Module):
     """One network, with the parameters of another, or with such as are computed."""
 

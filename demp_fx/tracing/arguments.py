@@ -53,7 +53,9 @@ def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Paramete
 
 
 def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
-    """A target and its arguments, each size one of its own."""
+    """A target and its arguments, each size one of its own; an index of several dims is a tuple."""
+    if target is operator.getitem and isinstance(args[1], list) and any(map(_is_index, args[1])):
+        return target, (args[0], tuple(args[1]))
     shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
     if not shaped and not (target in LIKE and len(args) == 2):
         return target, args
@@ -68,6 +70,14 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     if isinstance(sizes, tuple):
         args = (*args[:-1], tuple(last[d] for d in range(len(sizes))))
     return target, args
+
+
+def _is_index(entry: Any) -> bool:
+    """Whether an entry of a list is an index of a dim, which makes all of them that: more than a
+    number, of which a list picks several."""
+    if isinstance(entry, fx.Proxy):
+        return isinstance(entry.tracer.values.of(entry), Tensor)  # type: ignore[attr-defined]
+    return entry is None or entry is ... or isinstance(entry, (slice, list, tuple, Tensor))
 
 
 def _is_one(size: Any) -> bool:

@@ -55,6 +55,8 @@ from demp_fx.tracing.values import (
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+# What gives a tensor itself another shape: all that has it sees the result from then on.
+_SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
 PLAIN_SIZES = ("einx",)
 # Arguments of these types are in the graph as they are.
@@ -88,6 +90,7 @@ class Tracer(Decisions):
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.expressions: dict[type[nn.Module], Expression | None] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
+        self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
@@ -241,6 +244,11 @@ class Tracer(Decisions):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
     ) -> Any:
+        if target in _SHAPED_IN_PLACE and type(args[0]) is KnownProxy:
+            shaped = self.create_proxy(kind, target.removesuffix("_"), args, kwargs)
+            self.reshaped.append((args[0], args[0].node))
+            args[0].node = shaped.node
+            return args[0]
         target, args = spelled_out(target, args, self.values)
         if kwargs and not args and kind in ("call_function", "call_module"):
             layer = kind == "call_module"
@@ -270,6 +278,9 @@ class Tracer(Decisions):
         nodes = self.graph.nodes
         for node in list(itertools.islice(reversed(nodes), len(nodes) - mark)):
             self.graph.erase_node(node)
+        while self.reshaped and self.reshaped[-1][0].node._erased:
+            proxy, node = self.reshaped.pop()
+            proxy.node = node
 
     def create_node(
         self,
