@@ -750,6 +750,63 @@ def test_a_batch_size_that_is_made_a_number_stays_one_of_any_batch(name: str) ->
     assert not {"len", "int"} & globals().keys()
 
 
+def test_a_batch_size_stays_one_in_functions_of_other_files(monkeypatch: Any) -> None:
+    helpers = types.ModuleType(f"{__name__.partition('.')[0]}.helpers")
+    exec("def ones(x): return x.new_ones(1, 4).expand(len(x), -1)", vars(helpers))
+    monkeypatch.setitem(globals(), "ones", vars(helpers)["ones"])
+
+    class Tail(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return globals()["ones"](x)  # type: ignore[no-any-return]
+
+    graph = demp_fx.trace(Tail(), X)
+    assert graph(tensor(9, 4)).shape == (9, 4)
+    assert "len" not in vars(helpers)
+
+
+class Asked(nn.Module):
+    """Finds out by trying whether its parts take lengths."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            try:
+                x = part(x, lengths=None)
+            except TypeError:
+                x = part(x)
+        return x
+
+
+def test_layers_refuse_arguments_that_they_do_not_take() -> None:
+    model = Asked(nn.Linear(4, 8), Outer(nn.Tanh()), nn.Linear(8, 4)).double()
+    graph = demp_fx.trace(model, X)
+    assert graph.meta["demp_fx"].opaque == {}
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
+def test_nobody_looks_at_shapes_that_are_not_used() -> None:
+    class Mixes(nn.Module):
+        """A value that nobody reads has the shape of blocks only because there are two samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            last = h[:, -1:]
+            last.reshape(2 * last.shape[1], last.shape[0], 4)
+            return self.b(h)
+
+    model, x = Mixes().double(), tensor(2, 5, 4)
+    narrow = demp_fx.compile(model, x).module
+    x = tensor(3, 5, 4)
+    torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=0)
+
+
 NUMPY: dict[str, Any] = {
     "a number": lambda x: x / np.sqrt(2.0) + np.sqrt(3.0) * x - np.float32(0.5),
     "an index": lambda x: x[:, : np.int64(2)].sum(np.int64(1)),

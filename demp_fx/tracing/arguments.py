@@ -43,6 +43,12 @@ def in_place(
 
 
 @functools.cache
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """How a function is called, whatever it passes on to another one."""
+    return inspect.signature(function, follow_wrapped=False)
+
+
+@functools.cache
 def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Parameter]]:
     """The parameters in each signature of a function (or of the `forward` of a layer)."""
     try:

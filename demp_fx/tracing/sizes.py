@@ -4,6 +4,7 @@ those of the example for good. Under their names in the model's own modules they
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -51,15 +52,25 @@ class _Whole(int, metaclass=_Int):
     pass
 
 
+def _package(space: dict[str, Any]) -> str:
+    return str(space.get("__name__", "")).partition(".")[0]
+
+
 @contextmanager
 def sizes_stay(root: nn.Module) -> Iterator[None]:
-    """Meanwhile the code around the forwards of `root`'s modules finds these under the names."""
+    """Meanwhile the code around the forwards of `root`'s modules finds these under the names, and
+    that around the functions which it has from other modules of its package."""
     forwards = {
         inspect.unwrap(type(module).forward)
         for module in root.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     }
     spaces = {id(space): space for f in forwards if (space := getattr(f, "__globals__", None))}
+    for space in list(spaces.values()):
+        package = _package(space)
+        for f in space.values():
+            if isinstance(f, types.FunctionType) and _package(f.__globals__) == package:
+                spaces.setdefault(id(f.__globals__), f.__globals__)
     with ExitStack() as stack:
         for space in spaces.values():
             own = not space.get("__name__", "").startswith("torch.")

@@ -22,7 +22,7 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, expression_of
-from demp_fx.tracing.arguments import in_place, spelled_out
+from demp_fx.tracing.arguments import in_place, signature_of, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.decisions import Decisions
@@ -55,6 +55,8 @@ from demp_fx.tracing.values import (
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+# Nor does what only moves numbers that nobody reads: it may tell of sizes that happen to be alike.
+_PURE |= {"reshape", "view", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand"}
 # What gives a tensor itself another shape: all that has it sees the result from then on.
 _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
@@ -119,7 +121,8 @@ class Tracer(Decisions):
         graph._tracer_cls = None
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
-            if not node.users and (node.op == "get_attr" or node.target in _PURE):
+            calls = node.op in ("call_function", "call_method")
+            if not node.users and (node.op == "get_attr" or (calls and node.target in _PURE)):
                 graph.erase_node(node)
         drop_empty(graph)
         return graph
@@ -170,6 +173,8 @@ class Tracer(Decisions):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
+        if not _hooked(m) and "forward" not in vars(m):
+            signature_of(type(m).forward).bind(m, *args, **kwargs)  # code may try what it takes
         name = self.path_of_module(m)
         expression = self._expression(m)
         computing = name not in self.opaque and computes_weight(m)
