@@ -1193,6 +1193,23 @@ def test_layers_compute_with_what_they_are_lent(computed: bool) -> None:
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_layer_may_have_no_parameters_but_those_that_it_is_lent() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.randn(8, 4)), nn.Linear(4, 8, bias=False)
+            del self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer.register_parameter("weight", self._parameters["weight"])
+            x = self.layer(x)
+            del self.layer.weight
+            return x
+
+    model, x = Empty(), X.float()
+    torch.testing.assert_close(demp_fx.trace(model, x)(x), x @ model.weight.mT)
+
+
 def test_a_module_that_cannot_be_looked_into_is_not_called_without_what_it_is_lent() -> None:
     model, x = nn.Sequential(nn.Linear(4, 99), nn.Linear(99, 4), Lent(computed=True)), X.float()
     graph = demp_fx.trace(model, x)

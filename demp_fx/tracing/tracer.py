@@ -225,9 +225,11 @@ class Tracer(Decisions):
     def _borrows(self, module: nn.Module) -> bool:
         """Whether the forward has put other tensors into a module for now, as `functional_call`
         does: which those are, only its own forward tells. (Code sets buffers of its own, too.)"""
-        held = self.held.get(module, {})
+        held = self.held.get(module)
+        if held is None:  # made by the forward itself
+            return False
         tables = (module._parameters, module._buffers)[: 1 + module.__module__.startswith("torch.")]
-        return any(t is not held.get(key, t) for table in tables for key, t in table.items())
+        return any(t is not held.get(key) for table in tables for key, t in table.items())
 
     def _expression(self, module: nn.Module) -> Expression | None:
         kind = type(module)
