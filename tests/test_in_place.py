@@ -282,3 +282,38 @@ def test_a_value_whose_shape_is_changed_in_place_has_it_under_each_name(asks: bo
     assert list(result.report.opaque) == (["1"] if asks else [])
     assert result.module.get_parameter("0.weight").shape == (8 if asks else 5, 6)
     torch.testing.assert_close(result.module(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Cached(nn.Module):
+    """Attention to keys and values that a buffer holds, into which each call writes its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.register_buffer("keys", torch.zeros(2, 3, 9, 4))
+        self.register_buffer("values", torch.zeros(2, 3, 9, 4))
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        heads = (f(x).unflatten(-1, (3, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = heads
+        self.keys[:, :, places], self.values[:, :, places] = k, v
+        k, v = self.keys[:, :, : x.shape[1]], self.values[:, :, : x.shape[1]]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.o(mixed.transpose(1, 2).flatten(-2))
+        return result
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_what_is_written_into_a_cache_is_as_wide_as_the_cache(alike: bool) -> None:
+    torch.manual_seed(0)
+    net, x, places = Cached().double(), torch.randn(2, 5, 12).double(), torch.arange(5)
+    dead = [0, 4, 8] if alike else [0, 5, 10]  # at one place in each head, or not
+    with torch.no_grad():
+        for layer in (net.q, net.k, net.v):
+            layer.weight[dead], layer.bias[dead] = 0, 0
+    narrow = demp_fx.compile(net, (x, places), cuts="always").module
+    assert narrow.get_parameter("k.weight").shape == (9, 12)
+    for _ in range(2):
+        x = torch.randn_like(x)
+        expected = net(x, places)
+        torch.testing.assert_close(narrow(x, places), expected, rtol=1e-12, atol=1e-12)
