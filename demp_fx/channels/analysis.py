@@ -39,6 +39,9 @@ def walk(
         raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
     done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned or {})
     done.run(example)
+    if with_facts and (kept := done.rewritten()):  # what they hold now the next call does not find
+        done = Walk(graph, rule_of, SHAPES, observed or {}, True, labelled, planned or {}, kept)
+        done.run(example)
     return done
 
 

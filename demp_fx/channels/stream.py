@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +64,7 @@ class Stream(TorchDispatchMode):
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
+        self.changing: Set[str] = frozenset()  # what holds other numbers in each call
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.running: Running
@@ -227,12 +228,14 @@ class Stream(TorchDispatchMode):
             if n > 1
         )
         read = self.with_facts and not real.is_meta and real.layout is torch.strided
+        read = read and name not in self.changing
         read = read and (real.is_floating_point() or real.is_complex() or real.dtype == torch.bool)
         line = real.numel() == max(real.shape, default=1)
         data, rows = real.detach(), None
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)
-        value = self.params[name] = Value(labels, None, data, 0, vector=read and line, rows=rows)
+        known = None if name in self.changing else data
+        value = self.params[name] = Value(labels, None, known, 0, vector=read and line, rows=rows)
         self.system.store(name, *(memory_of(t) for t in (tensor, real)))
         return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from types import MappingProxyType
@@ -69,8 +69,10 @@ class Walk(Places):
         with_facts: bool = True,
         labelled: bool = True,
         planned: Mapping[str, Tensor] = MappingProxyType({}),
+        changing: Set[str] = frozenset(),
     ) -> None:
         super().__init__(rule_of, shapes, with_facts, labelled)
+        self.changing = changing
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
         self.real: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -107,6 +109,15 @@ class Walk(Places):
             self._settle()
         self.system.close()
         return self.system
+
+    def rewritten(self) -> set[str]:
+        """The parameters and buffers that the graph writes to (a state, a cache, an average), and
+        computes with."""
+        return {
+            name
+            for name, storages in self.system.stores.items()
+            if not self.writes.keys().isdisjoint(storages) and self.system.uses_of(name)
+        }
 
     # -- nodes ----------------------------------------------------------------------------------
 
