@@ -37,11 +37,16 @@ def walk(
     example = graph.meta.get("example_inputs")
     if not isinstance(example, Inputs):
         raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
-    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned or {})
-    done.run(example)
-    if with_facts and (kept := done.rewritten()):  # what they hold now the next call does not find
-        done = Walk(graph, rule_of, SHAPES, observed or {}, True, labelled, planned or {}, kept)
+    found: dict[str, Facts | None] = {}  # what the next call finds where this one writes
+    while True:
+        done = Walk(
+            graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned or {}, found
+        )
         done.run(example)
+        less = done.rewritten() if with_facts else {}
+        if not less:
+            break
+        found = found | less
     return done
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class Stream(TorchDispatchMode):
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
-        self.changing: Set[str] = frozenset()  # what holds other numbers in each call
+        self.changing: Mapping[str, Facts | None] = {}  # what calls write to: what is left known
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.running: Running
@@ -234,8 +234,10 @@ class Stream(TorchDispatchMode):
         data, rows = real.detach(), None
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)
-        known = None if name in self.changing else data
-        value = self.params[name] = Value(labels, None, known, 0, vector=read and line, rows=rows)
+        value = Value(labels, None, data, 0, vector=read and line, rows=rows)
+        self.params[name] = value
+        if name in self.changing:
+            value = Value(labels, self.changing[name], table=True)
         self.system.store(name, *(memory_of(t) for t in (tensor, real)))
         return value
 

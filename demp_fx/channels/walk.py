@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
-from demp_fx.channels.facts import Facts, in_each_mode
+from demp_fx.channels.facts import Facts, agreed, in_each_mode
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
@@ -69,7 +69,7 @@ class Walk(Places):
         with_facts: bool = True,
         labelled: bool = True,
         planned: Mapping[str, Tensor] = MappingProxyType({}),
-        changing: Set[str] = frozenset(),
+        changing: Mapping[str, Facts | None] = MappingProxyType({}),
     ) -> None:
         super().__init__(rule_of, shapes, with_facts, labelled)
         self.changing = changing
@@ -110,14 +110,23 @@ class Walk(Places):
         self.system.close()
         return self.system
 
-    def rewritten(self) -> set[str]:
-        """The parameters and buffers that the graph writes to (a state, a cache, an average), and
-        computes with."""
-        return {
-            name
-            for name, storages in self.system.stores.items()
-            if not self.writes.keys().isdisjoint(storages) and self.system.uses_of(name)
-        }
+    def rewritten(self) -> dict[str, Facts | None]:
+        """The parameters and buffers that the graph computes with and writes to (a state, a cache,
+        an average), where less is known of them then than was taken for known: what is left."""
+        found: dict[str, Facts | None] = {}
+        for tensor in self.env.values():
+            name, real = self.names.get(id(tensor), ("", tensor))
+            if name not in self.system.stores or not self.version(tensor):
+                continue
+            first, value, left = name not in self.changing, self.value(tensor), None
+            if first and not self.system.uses_of(name):
+                continue
+            if value.known is not None and value.version == self.version(tensor):
+                before = Facts.exactly(real) if first else self.changing[name]
+                left = None if before is None else agreed(before, value.known)
+            if first or not _alike(left, self.changing[name]):
+                found[name] = left
+        return found
 
     # -- nodes ----------------------------------------------------------------------------------
 
@@ -381,6 +390,10 @@ class Walk(Places):
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
+
+
+def _alike(one: Facts | None, other: Facts | None) -> bool:
+    return one is other or (one is not None and other is not None and one.same_as(other))
 
 
 def _coded(graph: fx.GraphModule) -> Iterator[nn.Module]:
