@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import demp_fx
+from demp_fx.tracing.augmented import IN_PLACE
 
 
 class Rewritten(nn.Module):
@@ -317,3 +318,57 @@ def test_what_is_written_into_a_cache_is_as_wide_as_the_cache(alike: bool) -> No
         x = torch.randn_like(x)
         expected = net(x, places)
         torch.testing.assert_close(narrow(x, places), expected, rtol=1e-12, atol=1e-12)
+
+
+def _a_part(x: Tensor) -> Tensor:
+    row = x[:, 0]
+    row *= 2
+    row -= 1
+    return x
+
+
+def _another_name(x: Tensor) -> Tensor:
+    same = x
+    same += 1
+    return x
+
+
+def _a_view_of_a_view(x: Tensor) -> Tensor:
+    flat = x.transpose(1, 2)[0]
+    flat /= 3
+    return x
+
+
+def _nobody_else(x: Tensor) -> Tensor:
+    y = x.relu()
+    y += x
+    return y
+
+
+def _sizes(x: Tensor) -> Tensor:
+    n = x.shape[1]
+    n += 1
+    return x * (n - x.shape[1])
+
+
+AUGMENTED = (_a_part, _another_name, _a_view_of_a_view, _nobody_else, _sizes)
+
+
+@pytest.mark.parametrize("assign", AUGMENTED)
+def test_augmented_assignment_is_seen_under_each_name(assign: Callable[[Tensor], Tensor]) -> None:
+    class Middle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return assign(x)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(6, 8, 1), Middle(), nn.Conv1d(8, 3, 1)).double()
+    with torch.no_grad():
+        net[0].weight[:3], net[0].bias[:3] = 0, 0  # type: ignore[index]
+    x = torch.randn(2, 6, 5).double()
+    graph = demp_fx.trace(net, x)
+    in_place = any(node.target in IN_PLACE.values() for node in graph.graph.nodes)
+    assert in_place == (assign not in (_nobody_else, _sizes))
+    torch.testing.assert_close(graph(x), net(x), rtol=1e-12, atol=1e-12)
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert all(type(module.training) is bool for module in net.modules())

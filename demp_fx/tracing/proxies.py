@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
+from demp_fx.tracing.augmented import IN_PLACE, noted
 from demp_fx.tracing.values import UNKNOWN
 
 _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
@@ -66,6 +67,8 @@ class _Known:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    __iadd__, __isub__, __imul__, __itruediv__, __ipow__ = map(noted, IN_PLACE)
 
 
 class KnownProxy(_Known, fx.Proxy):

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.expressions import Expression, expression_of
 from demp_fx.tracing.arguments import in_place, signature_of, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
+from demp_fx.tracing.augmented import keep_in_place
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.functions import (
@@ -93,6 +94,7 @@ class Tracer(Decisions):
         self.expressions: dict[type[nn.Module], Expression | None] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
         self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
+        self.augmented: list[fx.Node] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
@@ -116,6 +118,7 @@ class Tracer(Decisions):
                 vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
             try:
                 graph = super().trace(root, concrete_args)
+                keep_in_place(graph, self.augmented, lambda n: self.values.of(fx.Proxy(n, self)))
             finally:
                 self._take_back()
         graph._tracer_cls = None
