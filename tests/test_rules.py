@@ -322,6 +322,21 @@ def test_an_autograd_function_keeps_its_backward(ruled: bool, tmp_path: Path) ->
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_an_autograd_function_may_write_to_what_it_is_given() -> None:
+    class Scaled(torch.autograd.Function):
+        """Notes down what it did, for its backward."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, notes: dict[str, Any], scales: list[float]) -> Tensor:
+            notes["scale"] = scales.pop()
+            return x * notes["scale"]
+
+    result, width = compiled(lambda x: Scaled.apply(x, {"scale": None}, [1.0, 2.0]))
+    assert width == 8
+    assert any("Scaled is not known to keep channels apart" in p.reason
+               for p in result.report.pinned)  # fmt: skip
+
+
 def test_functions_of_installed_packages_can_be_written_to_a_file() -> None:
     pytest.importorskip("tests.zoo.shim")
     layers = pytest.importorskip("timm.layers.activations_me")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Variable
 from torch.distributions import Categorical, Normal, kl_divergence
+from torch.func import functional_call
 
 import demp_fx
 from demp_fx.emit.module import source
@@ -804,6 +805,63 @@ def test_numbers_in_tensors_that_nothing_goes_into_are_known(
     torch.testing.assert_close(demp_fx.compile(net, X).module(X), net(X))
 
 
+def test_a_batch_size_stays_one_in_functions_of_other_files(monkeypatch: Any) -> None:
+    helpers = types.ModuleType(f"{__name__.partition('.')[0]}.helpers")
+    exec("def ones(x): return x.new_ones(1, 4).expand(len(x), -1)", vars(helpers))
+    monkeypatch.setitem(globals(), "ones", vars(helpers)["ones"])
+
+    class Tail(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return globals()["ones"](x)  # type: ignore[no-any-return]
+
+    graph = demp_fx.trace(Tail(), X)
+    assert graph(tensor(9, 4)).shape == (9, 4)
+    assert "len" not in vars(helpers)
+
+
+class Asked(nn.Module):
+    """Finds out by trying whether its parts take lengths."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            try:
+                x = part(x, lengths=None)
+            except TypeError:
+                x = part(x)
+        return x
+
+
+def test_layers_refuse_arguments_that_they_do_not_take() -> None:
+    model = Asked(nn.Linear(4, 8), Outer(nn.Tanh()), nn.Linear(8, 4)).double()
+    graph = demp_fx.trace(model, X)
+    assert graph.meta["demp_fx"].opaque == {}
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
+def test_nobody_looks_at_shapes_that_are_not_used() -> None:
+    class Mixes(nn.Module):
+        """A value that nobody reads has the shape of blocks only because there are two samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            last = h[:, -1:]
+            last.reshape(2 * last.shape[1], last.shape[0], 4)
+            return self.b(h)
+
+    model, x = Mixes().double(), tensor(2, 5, 4)
+    narrow = demp_fx.compile(model, x).module
+    x = tensor(3, 5, 4)
+    torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=0)
+
+
 NUMPY: dict[str, Any] = {
     "a number": lambda x: x / np.sqrt(2.0) + np.sqrt(3.0) * x - np.float32(0.5),
     "an index": lambda x: x[:, : np.int64(2)].sum(np.int64(1)),
@@ -1144,6 +1202,96 @@ def test_hooks_of_traced_modules_are_traced() -> None:
     model.inner.register_forward_hook(lambda module, args, output: 2 * output)
     model.register_forward_hook(lambda module, args, output: 3 * output)
     torch.testing.assert_close(demp_fx.trace(model, X)(X), 3 * (2 * X + 1))
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize(
+    "index", [[slice(1), slice(2)], [..., slice(1, 3)], [[0, 1], [1, 3]], [1, 0, 1]]
+)
+def test_a_list_is_an_index_of_several_dims_or_picks_along_one(index: list[Any]) -> None:
+    class Picks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)[index]  # type: ignore[operator, no-any-return]
+
+    model = Picks()
+    model.a = nn.Linear(4, 8).double()
+    x = torch.randn(3, 4).double()
+    narrow = demp_fx.compile(model, x).module
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Lent(nn.Module):
+    """One network, with the parameters of another, or with such as are computed."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.own, self.others = (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)) for _ in range(2))
+        self.computed = computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = dict(self.others.named_parameters())
+        if self.computed:
+            given = {name: 2 * p for name, p in given.items()}
+        result: Tensor = functional_call(self.own, given, (x,))
+        return result
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_layers_compute_with_what_they_are_lent(computed: bool) -> None:
+    model, x = Lent(computed).double(), torch.randn(5, 4).double()
+    with torch.no_grad():
+        model.others[0].weight[0] = 0
+    graph = demp_fx.trace(model, x)
+    assert bool(graph.meta["demp_fx"].exported) == computed
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-12, atol=1e-12)
+    narrow = demp_fx.compile(model, x).module
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_may_have_no_parameters_but_those_that_it_is_lent() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.randn(8, 4)), nn.Linear(4, 8, bias=False)
+            del self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer.register_parameter("weight", self._parameters["weight"])
+            x = self.layer(x)
+            del self.layer.weight
+            return x
+
+    model, x = Empty(), X.float()
+    torch.testing.assert_close(demp_fx.trace(model, x)(x), x @ model.weight.mT)
+
+
+def test_a_module_that_cannot_be_looked_into_is_not_called_without_what_it_is_lent() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 99), nn.Linear(99, 4), Lent(computed=True)), X.float()
+    graph = demp_fx.trace(model, x)
+    assert list(graph.meta["demp_fx"].opaque) == ["2"]
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@pytest.mark.parametrize("kind", ["backward_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_what_has_backward_hooks_stays_whole_and_runs_them(kind: str) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.a(x))
+
+    ran: list[nn.Module] = []
+    model = Outer(Inner().double())
+    for module in (model, model.inner, model.inner.a):
+        getattr(module, f"register_{kind}")(lambda module, *_: ran.append(module))
+    graph = demp_fx.trace(model, X)
+    assert graph.meta["demp_fx"].opaque["inner"].startswith("backward hooks")
+    assert "backward hooks of the model itself left out" in graph.meta["demp_fx"].baked
+    graph(X.clone().requires_grad_()).sum().backward()
+    assert sorted(type(module).__name__ for module in ran) == ["Inner", "Linear"]
 
 
 def test_what_is_no_module_is_refused() -> None:

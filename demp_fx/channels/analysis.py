@@ -37,8 +37,16 @@ def walk(
     example = graph.meta.get("example_inputs")
     if not isinstance(example, Inputs):
         raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
-    done = Walk(graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned or {})
-    done.run(example)
+    found: dict[str, Facts | None] = {}  # what the next call finds where this one writes
+    while True:
+        done = Walk(
+            graph, rule_of, SHAPES, observed or {}, with_facts, labelled, planned or {}, found
+        )
+        done.run(example)
+        less = done.rewritten() if with_facts else {}
+        if not less:
+            break
+        found = found | less
     return done
 
 

@@ -140,6 +140,12 @@ def same_place(facts: list[Facts]) -> list[Facts]:
     return [f.map(lambda t: t.expand(shape)) for f in facts]
 
 
+def agreed(one: Facts, other: Facts) -> Facts | None:
+    """What both say, of numbers that are the same everywhere."""
+    one, other = same_place([one, other])
+    return Facts.of(one.flat & other.flat & (one.values == other.values).all(0), one.values)
+
+
 def unknown(rank: int) -> Facts:
     """Facts of a tensor of which nothing is known."""
     blank = torch.zeros((1,) * rank)

@@ -64,6 +64,7 @@ class Stream(TorchDispatchMode):
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
+        self.changing: Mapping[str, Facts | None] = {}  # what calls write to: what is left known
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.running: Running
@@ -232,12 +233,16 @@ class Stream(TorchDispatchMode):
             if n > 1
         )
         read = self.with_facts and not real.is_meta and real.layout is torch.strided
+        read = read and name not in self.changing
         read = read and (real.is_floating_point() or real.is_complex() or real.dtype == torch.bool)
         line = real.numel() == max(real.shape, default=1)
         data, rows = real.detach(), None
         if read and not line and rank > 1:
             rows = self.weights[_place(data)] = Empty(data)
-        value = self.params[name] = Value(labels, None, data, 0, vector=read and line, rows=rows)
+        value = Value(labels, None, data, 0, vector=read and line, rows=rows)
+        self.params[name] = value
+        if name in self.changing:
+            value = Value(labels, self.changing[name], table=True)
         self.system.store(name, *(memory_of(t) for t in (tensor, real)))
         return value
 

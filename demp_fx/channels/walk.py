@@ -25,7 +25,7 @@ from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
-from demp_fx.channels.facts import Facts, in_each_mode
+from demp_fx.channels.facts import Facts, agreed, in_each_mode
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
 from demp_fx.channels.places import SIZES, Places
@@ -69,8 +69,10 @@ class Walk(Places):
         with_facts: bool = True,
         labelled: bool = True,
         planned: Mapping[str, Tensor] = MappingProxyType({}),
+        changing: Mapping[str, Facts | None] = MappingProxyType({}),
     ) -> None:
         super().__init__(rule_of, shapes, with_facts, labelled)
+        self.changing = changing
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
         self.real: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -107,6 +109,24 @@ class Walk(Places):
             self._settle()
         self.system.close()
         return self.system
+
+    def rewritten(self) -> dict[str, Facts | None]:
+        """The parameters and buffers that the graph computes with and writes to (a state, a cache,
+        an average), where less is known of them then than was taken for known: what is left."""
+        found: dict[str, Facts | None] = {}
+        for tensor in self.env.values():
+            name, real = self.names.get(id(tensor), ("", tensor))
+            if name not in self.system.stores or not self.version(tensor):
+                continue
+            first, value, left = name not in self.changing, self.value(tensor), None
+            if first and not self.system.uses_of(name):
+                continue
+            if value.known is not None and value.version == self.version(tensor):
+                before = Facts.exactly(real) if first else self.changing[name]
+                left = None if before is None else agreed(before, value.known)
+            if first or not _alike(left, self.changing[name]):
+                found[name] = left
+        return found
 
     # -- nodes ----------------------------------------------------------------------------------
 
@@ -238,7 +258,7 @@ class Walk(Places):
                 self._blocks(label)
 
     def _call(self, node: fx.Node, entered: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), entered.__getitem__)
+        args, kwargs = _writable(map_arg((node.args, node.kwargs), entered.__getitem__))
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
         self.running = Running(
@@ -381,9 +401,23 @@ class Walk(Places):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
 
 
+def _alike(one: Facts | None, other: Facts | None) -> bool:
+    return one is other or (one is not None and other is not None and one.same_as(other))
+
+
 def _coded(graph: fx.GraphModule) -> Iterator[nn.Module]:
     """Modules whose own code runs, and may write to what they hold."""
     return (m for m in graph.modules() if not type(m).__module__.startswith("torch."))
+
+
+def _writable(tree: Any) -> Any:
+    """Arguments as the code gets them: with lists and dicts of its own, those of a node being such
+    that refuse to be written to."""
+    if type(tree) is tuple:
+        return tuple(map(_writable, tree))
+    if isinstance(tree, list):
+        return list(map(_writable, tree))
+    return {k: _writable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _as_tensors(index: Any) -> Any:

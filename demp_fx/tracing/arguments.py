@@ -47,6 +47,12 @@ def in_place(
 
 
 @functools.cache
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """How a function is called, whatever it passes on to another one."""
+    return inspect.signature(function, follow_wrapped=False)
+
+
+@functools.cache
 def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Parameter]]:
     """The parameters in each signature of a function (or of the `forward` of a layer)."""
     try:
@@ -57,9 +63,12 @@ def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Paramete
 
 
 def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
-    """A target and its arguments, each size one of its own, and each dim a number."""
+    """A target and its arguments: each size one of its own, each dim a number, and an index of
+    several dims a tuple."""
     if target in ORDERED:
         return target, pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), args)
+    if target is operator.getitem and isinstance(args[1], list) and any(map(_is_index, args[1])):
+        return target, (args[0], tuple(args[1]))
     shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
     if not shaped and not (target in LIKE and len(args) == 2):
         return target, args
@@ -83,6 +92,14 @@ def _number(proxy: fx.Proxy, values: Values) -> Any:
         with contextlib.suppress(TypeError):
             return int(values.real(proxy.node, sized=False))
     return proxy
+
+
+def _is_index(entry: Any) -> bool:
+    """Whether an entry of a list is an index of a dim, which makes all of them that: more than a
+    number, of which a list picks several."""
+    if isinstance(entry, fx.Proxy):
+        return isinstance(entry.tracer.values.of(entry), Tensor)  # type: ignore[attr-defined]
+    return entry is None or entry is ... or isinstance(entry, (slice, list, tuple, Tensor))
 
 
 def _is_one(size: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
+from demp_fx.tracing.augmented import IN_PLACE, noted
 from demp_fx.tracing.values import UNKNOWN
 
 _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
@@ -81,24 +82,8 @@ class _Known:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-# `x += y` and its like: what is written in place, and what it is where nobody sees that.
-AUGMENTED: dict[Any, Any] = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "xor")
-}
-
-
-def _augmented(in_place: Any) -> Any:
-    """The method of a proxy for such an operator: a node, whatever the proxy stands for."""
-
-    def method(self: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", in_place, (self, other), {})
-
-    return method
-
-
-for _operator in AUGMENTED:
-    setattr(_Known, f"__{_operator.__name__}__", _augmented(_operator))
+for _op, _in_place in IN_PLACE.items():
+    setattr(_Known, f"__{_in_place.__name__}__", noted(_op))
 
 
 class KnownProxy(_Known, fx.Proxy):

@@ -66,13 +66,15 @@ def sizes_stay(root: nn.Module) -> Iterator[None]:
         for module in root.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     }
-    spaces = {id(space): space for f in forwards if (space := getattr(f, "__globals__", None))}
-    for space in [space for space in spaces.values() if _is_own(space)]:
-        for thing in list(space.values()):
-            if isinstance(thing, FunctionType):
-                spaces.setdefault(id(thing.__globals__), thing.__globals__)
+    found = (getattr(forward, "__globals__", {}) for forward in forwards)
+    spaces = {id(space): space for space in found if _package(space) not in OTHERS}
+    for space in list(spaces.values()):
+        functions = [thing for thing in space.values() if isinstance(thing, FunctionType)]
+        for there in [function.__globals__ for function in functions]:
+            if _package(there) not in OTHERS | sys.stdlib_module_names:
+                spaces.setdefault(id(there), there)
     with ExitStack() as stack:
-        for space in filter(_is_own, spaces.values()):
+        for space in spaces.values():
             for name, stand_in in {"len": _length, "int": _Whole}.items():
                 if name not in space:
                     space[name] = stand_in
@@ -80,7 +82,6 @@ def sizes_stay(root: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_own(space: dict[str, Any]) -> bool:
-    """Whether a module's names are those of the model's code."""
-    package = str(space.get("__name__", "")).partition(".")[0]
-    return package not in OTHERS and package not in sys.stdlib_module_names
+def _package(space: dict[str, Any]) -> str:
+    """The package that a module's names are in."""
+    return str(space.get("__name__", "")).partition(".")[0]

@@ -22,8 +22,9 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import Expression, batch_norm, expression_of
-from demp_fx.tracing.arguments import in_place, spelled_out
+from demp_fx.tracing.arguments import in_place, signature_of, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
+from demp_fx.tracing.augmented import keep_in_place
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.functions import (
@@ -39,7 +40,7 @@ from demp_fx.tracing.functions import (
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.preserve import preserved
-from demp_fx.tracing.proxies import AUGMENTED, Flag, KnownProxy, TensorProxy
+from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line
@@ -56,6 +57,10 @@ from demp_fx.tracing.values import (
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+# Nor does what only moves numbers that nobody reads: it may tell of sizes that happen to be alike.
+_PURE |= {"reshape", "view", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand"}
+# What gives a tensor itself another shape: all that has it sees the result from then on.
+_SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
 PLAIN_SIZES = ("einx",)
 # Arguments of these types are in the graph as they are.
@@ -89,6 +94,8 @@ class Tracer(Decisions):
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.expressions: dict[type[nn.Module], Expression | None] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
+        self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
+        self.augmented: list[fx.Node] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
@@ -99,6 +106,7 @@ class Tracer(Decisions):
             self.names.setdefault(id(tensor), name)
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
+        self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
             preserved(root.modules()), as_nodes(self), aten_as_nodes(self),
@@ -107,15 +115,19 @@ class Tracer(Decisions):
             items_as_nodes(self),
         ):  # fmt: skip
             set_modes(self.flags)
+            if _hears_gradients(root):
+                self.baked["backward hooks of the model itself left out"] = None
+                vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
             try:
                 graph = super().trace(root, concrete_args)
+                keep_in_place(graph, self.augmented, self.values.of_node)
             finally:
                 self._take_back()
         graph._tracer_cls = None
-        self._tidy_augmented(graph)
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
-            if not node.users and (node.op == "get_attr" or node.target in _PURE):
+            calls = node.op in ("call_function", "call_method")
+            if not node.users and (node.op == "get_attr" or (calls and node.target in _PURE)):
                 graph.erase_node(node)
         drop_empty(graph)
         return graph
@@ -166,11 +178,13 @@ class Tracer(Decisions):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
+        if not _hooked(m) and "forward" not in vars(m):
+            signature_of(type(m).forward).bind(m, *args, **kwargs)  # code may try what it takes
         name = self.path_of_module(m)
         expression = self._expression(m)
         computing = name not in self.opaque and computes_weight(m)
-        leaf = self.is_leaf_module(m, name) and not computing
-        reason = None if computing else _left_whole(m, leaf or expression is not None)
+        leaf = self.is_leaf_module(m, name) and not (computing or self._borrows(m))
+        reason = None if computing else _left_whole(m, leaf, leaf or expression is not None)
         if reason:
             self.chosen.add(name)
             self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
@@ -196,6 +210,8 @@ class Tracer(Decisions):
             return self._within(m, name, whole)
         except Exception as error:
             self._roll_back(mark)
+            if any(map(self._borrows, m.modules())):  # called in the graph, they have their own
+                raise
             self.opaque[name] = f"{first_line(error)} at {failed_at(error)}"
             try:
                 return self._within(m, name, whole)
@@ -210,6 +226,15 @@ class Tracer(Decisions):
             return False
         own = (*module._parameters.values(), *module._buffers.values())
         return all(t is None or isinstance(t, fx.Proxy) for t in own)
+
+    def _borrows(self, module: nn.Module) -> bool:
+        """Whether the forward has put other tensors into a module for now, as `functional_call`
+        does: which those are, only its own forward tells. (Code sets buffers of its own, too.)"""
+        held = self.held.get(module)
+        if held is None:  # made by the forward itself
+            return False
+        tables = (module._parameters, module._buffers)[: 1 + module.__module__.startswith("torch.")]
+        return any(t is not held.get(key) for table in tables for key, t in table.items())
 
     def _expression(self, module: nn.Module) -> Expression | None:
         kind = type(module)
@@ -240,6 +265,11 @@ class Tracer(Decisions):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
     ) -> Any:
+        if target in _SHAPED_IN_PLACE and type(args[0]) is KnownProxy:
+            shaped = self.create_proxy(kind, target.removesuffix("_"), args, kwargs)
+            self.reshaped.append((args[0], args[0].node))
+            args[0].node = shaped.node
+            return args[0]
         target, args = spelled_out(target, args, self.values)
         if kwargs and not args and kind in ("call_function", "call_module"):
             layer = kind == "call_module"
@@ -265,21 +295,13 @@ class Tracer(Decisions):
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
 
-    def _tidy_augmented(self, graph: fx.Graph) -> None:
-        """`x += y` where nobody reads `x` by another name afterwards is a sum like any other; and
-        numbers have no place to write to."""
-        done: set[fx.Node] = set()
-        for node in graph.nodes:
-            done.add(node)
-            if node.target in AUGMENTED and node.op == "call_function":
-                read = isinstance(node.args[0], fx.Node) and not done >= node.args[0].users.keys()
-                if not (read and isinstance(self.values.of_node(node.args[0]), Tensor)):
-                    node.target = AUGMENTED[node.target]
-
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes
         for node in list(itertools.islice(reversed(nodes), len(nodes) - mark)):
             self.graph.erase_node(node)
+        while self.reshaped and self.reshaped[-1][0].node._erased:
+            proxy, node = self.reshaped.pop()
+            proxy.node = node
 
     def create_node(
         self,
@@ -384,8 +406,15 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _left_whole(module: nn.Module, replaced: bool) -> str | None:
-    """Why `module` must not be looked into; `replaced`: its forward would not be run as it is."""
+def _hears_gradients(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def _left_whole(module: nn.Module, leaf: bool, replaced: bool) -> str | None:
+    """Why `module` must not be looked into; `replaced`: its forward would not be run as it is. A
+    `leaf` is called, which runs what its gradients are for."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript module"
+    if _hears_gradients(module) and not leaf:
+        return "backward hooks"
     return "forward hooks" if replaced and _hooked(module) else None

@@ -85,6 +85,33 @@ class Spread(nn.Module):
         return self.c(self.norm(several.reshape(x.shape[0], 12, -1)).relu())
 
 
+class AcrossPositions(nn.Module):
+    """A weight over the positions: what is zero at all of them is zero in every mean of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(12, 8), nn.Linear(8, 4)
+        self.means = nn.Parameter(torch.randn(_SEQUENCE[0], 3))
+        dead(self.a, [1, 2, 6])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.einsum("bnd,nk->bkd", self.a(x), self.means))
+
+
+class EachHead(nn.Module):
+    """A table with a row for each head: what goes of it goes of all heads alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(12, 12), nn.Linear(12, 4)
+        self.table = nn.Parameter(torch.randn(3, 4))
+        dead(self.a, [0, 4, 5, 8])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).unflatten(-1, (3, 4)) * self.table
+        return self.c(x.relu().flatten(-2))
+
+
 class ConstantValues(nn.Module):
     """Attention to values some of which are constant: a mean of them is that constant."""
 
@@ -202,6 +229,8 @@ MIXING: dict[str, Structure] = {
     "one value, several weights": (
         Spread, _SEQUENCE, {"values": (3, 12, 1), "norm": (7,), "c": (2, 7, 1)},
     ),
+    "a table of heads": (EachHead, _SEQUENCE, {"a": (8, 12), "table": (3, 3), "c": (4, 8)}),
+    "weights over positions": (AcrossPositions, _SEQUENCE, {"a": (5, 12), "c": (4, 5)}),
     "constant values": (
         lambda: ConstantValues(F.scaled_dot_product_attention), _SEQUENCE, _MEANS,
     ),

@@ -17,10 +17,23 @@ def constants(
 ) -> Facts | None:  # fmt: skip
     """Outputs that depend on constants only: their weights on every unknown input are zero."""
     found = _computed(walk, a, b, result, bias, padded, read)
+    if bias is None and not padded and _tells_rows(walk, a, result):
+        empty = _annihilated(walk, (a,), result)
+        found = found if empty is None else empty.under(found)
     for one, other in ((a, b), (b, a)) if bias is None and not padded else ():
         average = _averaged(walk, one, other, result)
         found = found if average is None else average.under(found)
     return found
+
+
+def _tells_rows(walk: Stream, a: Operand, result: str) -> bool:
+    """Whether something is known of single rows of the data: of channels that lie across what is
+    summed."""
+    facts = walk.value(a.tensor).facts
+    if facts is None or "*" in result:
+        return False
+    sizes = facts.aligned(len(a.letters)).known.shape
+    return any(n > 1 and x in result for n, x in zip(sizes, a.letters, strict=True))
 
 
 def _averaged(walk: Stream, a: Operand, b: Operand, result: str) -> Facts | None:
@@ -100,7 +113,7 @@ def _silent_filters(
     return None if found is None else found.spread(len(result), result.find(kept))
 
 
-def _annihilated(walk: Stream, operands: tuple[Operand, Operand], result: str) -> Facts | None:
+def _annihilated(walk: Stream, operands: tuple[Operand, ...], result: str) -> Facts | None:
     """Zeros of a product of blocks: where one of them is zero all along the summed dim."""
     found: Tensor | None = None
     for operand in operands:

@@ -84,6 +84,10 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
                 line = walk.tie(label, rest, call)
                 _blockwise(walk, call, line, merged[within[0]], within[0])
                 covered.add(within[0])
+            elif set(key) == set(full) and sum(map(len, within)) == len(key):
+                for one in within:  # one along the blocks, and one in them
+                    _blockwise(walk, call, label, merged[one], one)
+                    covered.add(one)
             else:
                 walk.pin(call, label, "meets a value whose channels no parameter makes")
                 covered |= set() if all(tables) else {key} - made  # positions, and no channels

@@ -1,0 +1,68 @@
+"""`x += y` in a model's code, which torch.fx would take for `x = x + y`.
+
+That is the same wherever nobody reads what `x` was under another name: as most code does, and as it
+is written then. Else (`row = x[0]; row += 1`, or `same = x; x += 1`) it stays in place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import Tensor, fx
+
+from demp_fx.calls import called
+
+IN_PLACE: dict[Any, Any] = {
+    getattr(operator, name): getattr(operator, f"i{name.rstrip('_')}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+}
+# What gives a part of a tensor, or all of it, and no copy of it.
+_VIEWS = {operator.getitem, "view", "reshape", "flatten", "transpose", "permute", "squeeze"}
+_VIEWS |= {"unsqueeze", "narrow", "select", "diagonal", "detach", "t"}
+_SIZES = {"size", "dim", "numel"}
+_FEATURES = {"shape", "dtype", "device", "ndim"}
+
+
+def noted(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The augmented assignment of a proxy by `op`: its tracer notes the node."""
+
+    def assign(self: Any, other: Any) -> Any:
+        result = op(self, other)
+        if isinstance(result, fx.Proxy):
+            self.tracer.augmented.append(result.node)
+        return result
+
+    return assign
+
+
+def keep_in_place(
+    graph: fx.Graph, noted: Collection[fx.Node], value_of: Callable[[fx.Node], Any]
+) -> None:
+    """Let those of the `noted` nodes that others see the effect of write in place."""
+    places = {node: k for k, node in enumerate(graph.nodes)} if noted else {}
+    for node in noted:
+        if node in places and node.target in IN_PLACE and _is_seen(node, places, set(noted)):
+            assert isinstance(node.args[0], fx.Node)
+            if isinstance(value_of(node.args[0]), Tensor):
+                node.target = IN_PLACE[node.target]
+
+
+def _is_seen(node: fx.Node, places: dict[fx.Node, int], noted: set[fx.Node]) -> bool:
+    """Whether what `node` would write to is read later, or is a part of what is; what a `noted` one
+    gives has the memory of what it was given."""
+    held: Any = node.args[0]
+    while isinstance(held, fx.Node):
+        if any(places[u] > places[node] and not _asks_sizes(u) for u in held.users):
+            return True
+        if called(held) not in _VIEWS and held not in noted:
+            return False
+        held = held.args[0]
+        if isinstance(held, fx.Node) and held.op == "get_attr":  # the next call reads it
+            return True
+    return False
+
+
+def _asks_sizes(node: fx.Node) -> bool:
+    return called(node) in _SIZES or (node.target is getattr and node.args[1] in _FEATURES)
