@@ -66,7 +66,9 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     """A target and its arguments: each size one of its own, each dim a number, and an index of
     several dims a tuple."""
     if target in ORDERED:
-        return target, pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), args)
+        x, *dims = args
+        dims = pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), dims)
+        return target, (x, *dims)
     if target is operator.getitem and isinstance(args[1], list) and any(map(_is_index, args[1])):
         return target, (args[0], tuple(args[1]))
     shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
