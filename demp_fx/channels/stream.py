@@ -64,6 +64,7 @@ class Stream(TorchDispatchMode):
         self.names: dict[int, tuple[str, Tensor]] = {}
         self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
         self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
+        self.reweighted = False  # whether one of them was a parameter's or buffer's
         self.changing: Mapping[str, Facts | None] = {}  # what calls write to: what is left known
         self.profiles = 0
         self.merged = False  # whether a channel axis was merged with another, such as the batch
@@ -114,6 +115,7 @@ class Stream(TorchDispatchMode):
         writes = []
         for tensor in written(func, args, kwargs):
             storage = memory_of(tensor)
+            self.reweighted |= storage in self.system.uses
             write = Write.by(func, args, tensor, self.running.sized)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
             writes.append((write, self.value(tensor).labels))

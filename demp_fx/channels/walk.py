@@ -174,7 +174,7 @@ class Walk(Places):
             self.made.add(node)
         for n in node.all_input_nodes if called(node) not in SIZES else ():
             self._refresh(n)
-        if node.op == "call_module" and not self.writes.keys().isdisjoint(self.system.uses):
+        if self.reweighted and node.op == "call_module":
             for weight in self.layers[str(node.target)].parameters():
                 self._look_again(weight)
         start, writes = self.system.mark(), dict(self.writes)
