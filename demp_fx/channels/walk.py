@@ -7,11 +7,9 @@ nodes the walk leaves places where the graph may be cut.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -25,15 +23,15 @@ from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
-from demp_fx.channels.facts import Facts, agreed, in_each_mode
+from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, repeats, varying
-from demp_fx.channels.meta import as_meta, on_meta, on_zeros, placeholder, without_collection
-from demp_fx.channels.places import SIZES, Places
+from demp_fx.channels.layers import Layers
+from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
+from demp_fx.channels.places import SIZES
 from demp_fx.channels.plain import call_of
 from demp_fx.channels.running import Running
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import Blocks, Site, System
-from demp_fx.channels.value import Call, Value
 from demp_fx.errors import DempError, UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
@@ -51,7 +49,7 @@ class RefusalError(UsageError):
         self.node = node
 
 
-class Walk(Places):
+class Walk(Layers):
     """A walk over one fx graph.
 
     `observed`: what calibration saw at the output of a node, by its name: a dim, and facts along
@@ -75,7 +73,6 @@ class Walk(Places):
         self.changing = changing
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
-        self.real: Callable[[], AbstractContextManager[None]] = nullcontext
         self.chains = Chains(graph, self.env)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
@@ -311,84 +308,14 @@ class Walk(Places):
         run: Callable[..., Any] = node.target  # type: ignore[assignment]
         return self.layers[str(node.target)] if node.op == "call_module" else run
 
-    def _module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a module; one of the user's own, whose code may ask for the mode, in both: what
-        either of them couples is coupled."""
-        if type(module).__module__.startswith("torch.") or not self.labelled:
-            return module(*args, **kwargs)
-        modes = {m: m.training for m in module.modules()}
-        try:
-            evaluated = module.eval()(*args, **kwargs)
-            trained = module.train()(*args, **kwargs)
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
-        found = {}
-        for a, b in zip(tensors_of(evaluated), tensors_of(trained), strict=True):
-            found[b if module.training else a] = self._either_way(a, b, module.training)
-        out = trained if module.training else evaluated
-        return pytree.tree_map_only(Tensor, found.__getitem__, out)
-
-    def _either_way(self, evaluated: Tensor, trained: Tensor, training: bool) -> Tensor:
-        """One of two tensors, of which an index has to stay if that of the other does; of what is
-        known of it, what is known of both."""
-        first, second = self.value(evaluated), self.value(trained)
-        if [x.shape for x in first.labels] != [x.shape for x in second.labels]:
-            self._pin((evaluated, trained), "its channels are others in the other mode")
-        for one, other in zip(first.labels, second.labels, strict=False):
-            if one.shape == other.shape:
-                self.system.same(one, other, self.site)
-        out = (trained if training else evaluated).detach()
-        facts = in_each_mode(first.facts, second.facts) if self.with_facts else None
-        labels = (second if training else first).labels
-        out.__dict__["demp"] = Value(labels, facts, None, self.version(out))
-        return out
-
     def _whole(self, name: str) -> str:
         """Why a submodule is not looked into, if it is not."""
         return "it goes into a module that could not be traced" if name in self.opaque else ""
-
-    def _leaf(self, run: Callable[..., Any], args: Any, kwargs: Any, reason: str) -> Any:
-        """A submodule or function that is not looked into: what goes into it stays as it is."""
-        self._pin((args, kwargs), reason)
-        return self._ran(run, args, kwargs)
-
-    def _recurrent(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A recurrent layer, met as a whole: its kernels are many small ones for each step, of
-        which one is run, as all give the same shapes."""
-        steps, *state = args = inspect.signature(layer.forward).bind(*args, **kwargs).args
-        op = LayerOp(layer)
-        if isinstance(steps, Tensor) and isinstance(layer, nn.RNNBase):
-            dim = int(layer.batch_first and steps.dim() == 3)
-            one, last = self._ran(layer, (steps.narrow(dim, 0, 1), *state), {})
-            shape = [steps.size(d) if d == dim else n for d, n in enumerate(one.shape)]
-            out: Any = (one.new_empty(shape), last)
-        else:
-            out = self._ran(layer, args, {})
-        if self.labelled:
-            call: Any = op
-            self._meet(Call(call, args, {}, out, replace(self.site, op=str(op))))
-        else:
-            self.system.macs += op.macs(args[0])
-        return out
-
-    def _ran(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What a module gives, outside of the mode."""
-        try:
-            return run(*args, **kwargs)
-        except Exception:
-            with self.real():
-                return on_zeros(run, args, kwargs)
 
     def _output(self, node: fx.Node) -> None:
         for n in node.all_input_nodes:
             self._refresh(n)
         self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
-
-    def _pin(self, tree: Any, reason: str) -> None:
-        for tensor in tensors_of(tree):
-            for label in self.value(tensor).labels:
-                self.system.pin(label, reason, self.site)
 
     def _pin_cropped(self, node: fx.Node) -> None:
         """What the example reads of a table that is cropped at a size is not all that is read."""

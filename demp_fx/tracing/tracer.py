@@ -17,16 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
-from demp_fx.expressions import Expression, batch_norm, expression_of
-from demp_fx.tracing.arguments import in_place, signature_of, spelled_out
+from demp_fx.expressions import expression_of
+from demp_fx.tracing.arguments import in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
 from demp_fx.tracing.augmented import keep_in_place
-from demp_fx.tracing.computed import computes_weight
-from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
@@ -38,12 +36,12 @@ from demp_fx.tracing.functions import (
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
-from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line
+from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
     NUMBERS,
     Values,
@@ -67,17 +65,14 @@ PLAIN_SIZES = ("einx",)
 _LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
 
-class Tracer(Decisions):
+class Tracer(Submodules):
     """Traces one module once.
 
     Args:
         bound: the example inputs as arguments of the root's forward.
-        forking: leave modules whole that have no state and ask for the mode: a graph has one way.
+        forking: see `Submodules`.
 
     Attributes:
-        opaque: see `TraceNotes`.
-        chosen: the modules in `opaque` that are meant to be left whole.
-        forks: the modules that were left whole for this.
         plain: the tensors that modules have as attributes, and not as buffers, by name.
     """
 
@@ -85,14 +80,10 @@ class Tracer(Decisions):
 
     def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
         called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
-        super().__init__(called)
+        super().__init__(called, forking)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
-        self.bound, self.forking = bound, forking
-        self.opaque: dict[str, str] = {}
-        self.chosen: set[str] = set()
-        self.forks: set[str] = set()
+        self.bound = bound
         self.tensor_proxies: dict[str, TensorProxy] = {}
-        self.expressions: dict[type[nn.Module], Expression | None] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
         self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
         self.augmented: list[fx.Node] = []
@@ -115,7 +106,7 @@ class Tracer(Decisions):
             items_as_nodes(self),
         ):  # fmt: skip
             set_modes(self.flags)
-            if _hears_gradients(root):
+            if hears_gradients(root):
                 self.baked["backward hooks of the model itself left out"] = None
                 vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
             try:
@@ -150,7 +141,7 @@ class Tracer(Decisions):
                 arguments[name] = {key: self._placeholder(key, v) for key, v in value.items()}
             else:
                 arguments[name] = self._placeholder(name, value)
-        expression = None if _hooked(self.root) else expression_of(self.root)
+        expression = None if is_hooked(self.root) else expression_of(self.root)
         # _call_impl, not forward: it runs the root's hooks, and a forward set on the instance.
         call = functools.partial(expression, self.root) if expression else self.root._call_impl
         return functools.partial(self._run, call), []
@@ -169,98 +160,6 @@ class Tracer(Decisions):
             return proxy
         self.baked[f"argument `{name}` fixed at {value!r}"] = None
         return value
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        standard = m.__module__.startswith(("torch.nn", "torch.ao.nn"))
-        plain = standard and not m._modules and not isinstance(m, nn.Sequential)
-        return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
-            return forward(*args, **kwargs)
-        if not _hooked(m) and "forward" not in vars(m):
-            signature_of(type(m).forward).bind(m, *args, **kwargs)  # code may try what it takes
-        name = self.path_of_module(m)
-        expression = self._expression(m)
-        computing = name not in self.opaque and computes_weight(m)
-        leaf = self.is_leaf_module(m, name) and not (computing or self._borrows(m))
-        reason = None if computing else _left_whole(m, leaf, leaf or expression is not None)
-        if reason:
-            self.chosen.add(name)
-            self.opaque.setdefault(name, f"{reason} at {user_line(sys._getframe())}")
-        whole = functools.partial(self.create_proxy, "call_module", name, args, kwargs)
-        if leaf or reason:
-            return self._within(m, name, whole)
-        mark, decisions = len(self.graph.nodes), self.mode_decisions
-        baked, by_mode = self.baked.copy(), self.by_mode.copy()
-        try:
-            body = functools.partial(expression, m) if expression else forward
-            result = self._within(m, name, functools.partial(body, *args, **kwargs))
-            forks = self.mode_decisions != decisions
-            if not (forks and (computing or (self.forking and not _has_state(m)))):
-                return result
-            self._roll_back(mark)
-            self.baked, self.by_mode = baked, by_mode
-            if computing:
-                self.chosen.add(name)
-                where = user_line(sys._getframe())
-                self.opaque[name] = f"its weight is computed in another way in each mode at {where}"
-            else:
-                self.forks.add(name)
-            return self._within(m, name, whole)
-        except Exception as error:
-            self._roll_back(mark)
-            if any(map(self._borrows, m.modules())):  # called in the graph, they have their own
-                raise
-            self.opaque[name] = f"{first_line(error)} at {failed_at(error)}"
-            try:
-                return self._within(m, name, whole)
-            except Exception:  # its arguments cannot be in a graph: left to the caller
-                del self.opaque[name]
-                raise error from None
-
-    def _is_function(self, module: nn.Module) -> bool:
-        """Whether the forward has made it for this call, without tensors of its own: a part of a
-        `Sequential`, say."""
-        if module in self.modes:
-            return False
-        own = (*module._parameters.values(), *module._buffers.values())
-        return all(t is None or isinstance(t, fx.Proxy) for t in own)
-
-    def _borrows(self, module: nn.Module) -> bool:
-        """Whether the forward has put other tensors into a module for now, as `functional_call`
-        does: which those are, only its own forward tells. (Code sets buffers of its own, too.)"""
-        held = self.held.get(module)
-        if held is None:  # made by the forward itself
-            return False
-        tables = (module._parameters, module._buffers)[: 1 + module.__module__.startswith("torch.")]
-        return any(t is not held.get(key) for table in tables for key, t in table.items())
-
-    def _expression(self, module: nn.Module) -> Expression | None:
-        kind = type(module)
-        if kind not in self.expressions:
-            self.expressions[kind] = expression_of(module)
-        return self.expressions[kind]
-
-    def batch_norm(self, m: Any, x: Any) -> Any:
-        """What torch's own forward does in a layer derived of it: a call of it as a plain one."""
-        kind = plain_kind(m)
-        if kind is None or m is self.root or m not in self.modes:
-            return batch_norm(m, x)
-        called = self.create_proxy("call_module", self.path_of_module(m), (x,), {})
-        called.node.meta[PLAIN] = kind
-        return called
-
-    def _within(self, module: nn.Module, name: str, call: Callable[[], Any]) -> Any:
-        """What `call` gives; its nodes belong to a call of `module`. Nodes share a stack."""
-        outer, calls = self.module_stack, self.num_calls.get(name, 0)
-        self.num_calls[name] = calls + 1
-        self.module_stack = outer.copy()
-        self.module_stack[f"{name}@{calls}" if calls else name] = name, type(module)
-        try:
-            return call()
-        finally:
-            self.module_stack = outer
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any
@@ -385,36 +284,8 @@ def _is_wrapped(target: Any) -> bool:
     return isinstance(target, types.FunctionType) and package not in ("torch", *PLAIN_SIZES)
 
 
-def _is_given_nothing(module: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Whether it gives back None, or another thing that code may look at."""
-    return isinstance(module, nn.Identity) and not isinstance(args[0] if args else None, fx.Proxy)
-
-
-def _has_state(module: nn.Module) -> bool:
-    """Whether it has parameters or buffers, anywhere in it."""
-    return any(True for _ in itertools.chain(module.parameters(), module.buffers()))
-
-
 def _markable(result: Any) -> Any:
     """A list or tuple that a wrapped function returns, with the `node` that fx marks on it."""
     kind = type(result)
     marked = type(kind.__name__, (kind,), {"node": types.SimpleNamespace(meta={})})
     return marked(*result) if hasattr(result, "_fields") else marked(result)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _hears_gradients(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)
-
-
-def _left_whole(module: nn.Module, leaf: bool, replaced: bool) -> str | None:
-    """Why `module` must not be looked into; `replaced`: its forward would not be run as it is. A
-    `leaf` is called, which runs what its gradients are for."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript module"
-    if _hears_gradients(module) and not leaf:
-        return "backward hooks"
-    return "forward hooks" if replaced and _hooked(module) else None
