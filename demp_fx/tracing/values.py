@@ -112,7 +112,9 @@ class Values(fx.Interpreter):
         return self.of_node(proxy.node) if isinstance(proxy, fx.Proxy) else proxy
 
     def of_node(self, last: fx.Node) -> Any:
-        """The value of a node, or `UNKNOWN`."""
+        """The value of a node, or `UNKNOWN`; a mode does not depend on what ran before."""
+        if last.target in self.training:
+            return self.training[str(last.target)]
         pending, node = [], last
         while node.op != "root" and node not in self.tried:
             pending.append(node)
