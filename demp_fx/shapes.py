@@ -187,7 +187,9 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
             aten.hardswish_.default, aten.silu_.default, aten.elu_.default,
             aten.hardsigmoid_.default,
             aten.leaky_relu_.default, aten.relu_.default, aten.relu.default,
-            aten.sigmoid.default, aten.tanh.default,
+            aten.sigmoid.default, aten.tanh.default, aten.neg.default, aten.exp.default,
+            aten.sqrt.default, aten.rsqrt.default, aten.sin.default, aten.cos.default,
+            aten.clamp_min.default, aten.pow.Tensor_Scalar,
         )
     },
     **{

@@ -31,6 +31,7 @@ OTHERS = {
     aten.native_layer_norm.default, aten.addmm.default, aten.mm.default, aten.bmm.default,
 }  # fmt: skip
 MORE: dict[Any, tuple[Any, ...]] = {
+    aten.clamp_min.default: (0.1,),
     aten._softmax.default: (-1, False),
     aten._log_softmax.default: (1, False),
     aten._safe_softmax.default: (-1,),
