@@ -148,7 +148,7 @@ class Write(Block):
                 some.copy_(x.narrow(self.dim, x.shape[self.dim] - 1, 1))
             case "fill":
                 some.fill_(0.4)
-            case "index_add":
+            case "index_add" if self.at.width > 1:
                 index = torch.tensor([0, x.shape[self.dim] - 1])
                 y.index_add_(self.dim, index, x.narrow(self.dim, 0, 2))
             case "branch":
