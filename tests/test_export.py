@@ -245,6 +245,18 @@ def test_a_batch_size_that_the_forward_needs_is_noted() -> None:
     assert any("fixed at the example's" in note for note in graph.meta["demp_fx"].baked)
 
 
+def test_a_batch_size_that_a_loop_needs_is_the_examples_in_a_dict_too() -> None:
+    class Loop(Returns):
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            x = self.linear(checked(given["x"]))
+            return torch.stack([x[k] * k for k in range(x.shape[0])])
+
+    model, given = Loop(None), {"x": X}
+    graph = traced(model, given)
+    torch.testing.assert_close(graph(given), model(given))
+    assert any("fixed at the example's" in note for note in graph.meta["demp_fx"].baked)
+
+
 def test_a_mode_that_changes_more_than_flags_is_noted() -> None:
     class Heads(Returns):
         def forward(self, x: Tensor) -> Any:
