@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.channels.cuts import Cuts
 from demp_fx.emit.module import source
 from demp_fx.errors import TraceError
 from demp_fx.inputs import Inputs
@@ -244,6 +245,18 @@ def test_a_batch_size_that_the_forward_needs_is_noted() -> None:
     assert any("fixed at the example's" in note for note in graph.meta["demp_fx"].baked)
 
 
+def test_a_batch_size_that_a_loop_needs_is_the_examples_in_a_dict_too() -> None:
+    class Loop(Returns):
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            x = self.linear(checked(given["x"]))
+            return torch.stack([x[k] * k for k in range(x.shape[0])])
+
+    model, given = Loop(None), {"x": X}
+    graph = traced(model, given)
+    torch.testing.assert_close(graph(given), model(given))
+    assert any("fixed at the example's" in note for note in graph.meta["demp_fx"].baked)
+
+
 def test_a_mode_that_changes_more_than_flags_is_noted() -> None:
     class Heads(Returns):
         def forward(self, x: Tensor) -> Any:
@@ -373,6 +386,59 @@ def test_dead_channels_are_cut_through_aten(name: str) -> None:
     assert narrow.get_submodule("read").weight.shape == (3, 5)
     x = tensor(7, 6)
     torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-14)
+
+
+class Messages(Sized):
+    """Nodes of a graph hear of the others along those edges that are no loops."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = self.make(checked(x)).relu()
+        edges = edges[:, edges[0] != edges[1]]
+        weights = torch.cat([x.new_ones(edges.shape[1]), x.new_ones(x.shape[0])])
+        edges = torch.cat([edges, torch.arange(x.shape[0]).expand(2, -1)], 1)
+        sent = h[edges[0]] * weights.view(-1, 1)
+        target = edges[1].view(-1, 1).expand_as(sent)
+        return self.read(h.new_zeros(x.shape[0], 8).scatter_add_(0, target, sent))
+
+
+@pytest.mark.parametrize("cuts", ["pays", "always"])
+def test_how_many_numbers_a_mask_picks_follows_the_mask(cuts: Cuts) -> None:
+    model, edges = Messages(None), torch.tensor([[0, 1, 2, 3, 1], [1, 1, 3, 0, 2]])
+    narrow = demp_fx.compile(model, (X, edges), cuts=cuts).module
+    assert narrow.get_submodule("make").weight.shape == (5, 6)
+    x = tensor(7, 6)
+    for edges in (torch.tensor([[6, 5, 4], [4, 4, 5]]), torch.tensor([[2], [2]])):
+        torch.testing.assert_close(narrow(x, edges), model(x, edges), rtol=0, atol=1e-14)
+
+
+class Packed(Sized):
+    """Rows that a mask tells from padding are picked from a padded batch, and join the others."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.make(checked(x))
+        padded = h.new_zeros(2, 4, 8).index_put((mask,), h)
+        return self.read(padded.relu()[mask] + h)
+
+
+def test_a_mask_is_taken_to_pick_all_that_there_is() -> None:
+    model, mask = Packed(None), torch.ones(2, 4, dtype=torch.bool)
+    narrow = demp_fx.compile(model, (tensor(8, 6), mask)).module
+    x, mask[0, 2:] = tensor(6, 6), False
+    torch.testing.assert_close(narrow(x, mask), model(x, mask), rtol=0, atol=1e-14)
+
+
+class Loops(Sized):
+    """As many loops are taken for granted as there are nodes."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        weights = self.make(checked(x)).sum(1)[edges[0]]
+        return weights[edges[0] == edges[1]] + x[:, 0]
+
+
+def test_it_is_said_where_only_numbers_tell_whether_sizes_fit() -> None:
+    edges = torch.tensor([[0, 1, 2, 3, 1], [0, 1, 2, 3, 2]])
+    with pytest.raises(demp_fx.errors.UsageError, match="how much a mask picks is not known"):
+        demp_fx.compile(Loops(None), (X, edges))
 
 
 def test_a_table_that_is_cropped_at_a_size_is_kept_whole() -> None:

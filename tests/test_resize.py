@@ -323,3 +323,26 @@ def test_all_nodes_that_refuse_their_sizes_are_found_in_one_walk() -> None:
     assert [node.name for node in walked.refused] == ["view", "view_1"]
     with pytest.raises(UsageError, match="view"):
         walk(graph, labelled=False)
+
+
+def test_a_size_that_is_divided_by_what_may_be_left_of_another() -> None:
+    class Divides(nn.Module):
+        """Three channels are no four: nothing can be divided by how many fours there are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.make, self.read = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.make.weight[3:] = 0
+                self.make.bias[3:] = 0
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.make(x).relu()
+            fours = made.shape[1] // 4
+            result: Tensor = self.read(made.view(-1, 8, fours, 16 // fours).amax(3).sum(2))
+            return result
+
+    model, x = Divides(), torch.randn(2, 3, 4, 4).double()
+    torch.testing.assert_close(demp_fx.compile(model, x).module(x), model(x))

@@ -300,3 +300,40 @@ def test_parts_of_a_split_attention_lose_channels_of_their_own() -> None:
     narrow = demp_fx.compile(model, x, cuts="always").module
     assert narrow.get_parameter("make.weight").shape == (9, 3)
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Taps(nn.Module):
+    """A convolution as one sum over channels and positions of a kernel, which may be scaled."""
+
+    def __init__(self, scaled: bool, shift: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.read = nn.Conv2d(3, 12, 1), nn.Conv2d(6, 2, 1)
+        self.weight = nn.Parameter(torch.randn(6, 12, 3, 3))
+        self.scale = nn.Parameter(torch.rand(9, 1)) if scaled else 2.0
+        with torch.no_grad():
+            self.make.weight[[1, 4, 6]] = 0
+            self.make.bias[[1, 4, 6]] = shift
+            self.weight[2] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.make(x).relu()
+        taps = F.unfold(h, 3, padding=1).unflatten(1, (h.shape[1], 9)) * self.scale
+        out = torch.einsum("bckn,ock->bon", taps, self.weight.flatten(2))
+        result: Tensor = self.read(out.unflatten(2, x.shape[2:]).relu())
+        return result
+
+
+@pytest.mark.parametrize("cuts", ["pays", "always"])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_channels_that_are_summed_with_positions_of_a_kernel_go(
+    scaled: bool, shift: float, cuts: Cuts
+) -> None:
+    model = Taps(scaled, shift)
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 5, 5).double(), cuts=cuts).module
+    left = 12 if shift else 9  # a constant is another one at the border
+    assert narrow.get_parameter("weight").shape == (5, left, 3, 3)
+    x = torch.randn(3, 3, 7, 7).double()
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -16,13 +16,15 @@ from demp_fx.errors import UsageError
 
 def on_zeros(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The shapes of a result that has no meta kernel: run for real, on zeros; on ones, where those
-    are refused, as lengths and windows are."""
+    are refused, as lengths and windows are. Of what a mask picks from, all is taken to be there."""
 
     def run(fill: Callable[..., Tensor]) -> Any:
-        real = pytree.tree_map_only(
-            Tensor, lambda t: fill(t, device="cpu") if t.is_meta else t, (args, kwargs)
-        )
-        return as_meta(function(*real[0], **real[1]))
+        def real(t: Tensor) -> Tensor:
+            made = torch.ones_like if t.dtype == torch.bool else fill
+            return made(t, device="cpu") if t.is_meta else t
+
+        given = pytree.tree_map_only(Tensor, real, (args, kwargs))
+        return as_meta(function(*given[0], **given[1]))
 
     try:
         return run(torch.zeros_like)

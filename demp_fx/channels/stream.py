@@ -28,6 +28,7 @@ from demp_fx.errors import DempError
 from demp_fx.shapes import Shape, shape_of
 from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.source import first_line
+from demp_fx.trees import tensors_of
 
 # How ops are called that take no more of their operand than its dtype, or a number of the code's;
 # what holds the same along an axis, which can have channels there; and layers, which have weights.
@@ -67,6 +68,7 @@ class Stream(TorchDispatchMode):
         self.reweighted = False  # whether one of them was a parameter's or buffer's
         self.changing: Mapping[str, Facts | None] = {}  # what calls write to: what is left known
         self.profiles = 0
+        self.picked = False  # whether a mask that is not known tells a size
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.running: Running
         self.zeros_matter: bool | None = None  # to sums; None: that depends on the running node
@@ -93,7 +95,9 @@ class Stream(TorchDispatchMode):
         try:
             out = func(*args, **kwargs) if shape is None else shape(args)
         except NotImplementedError:
-            out = on_zeros(func, *self._with_masks(args, kwargs))
+            given = self._with_masks(args, kwargs)
+            self.picked |= any(t.dtype == torch.bool and t.is_meta for t in tensors_of(given))
+            out = on_zeros(func, *given)
         except RuntimeError:  # a tensor that the model's code made of its own
             args, kwargs = as_meta((args, kwargs))
             try:

@@ -293,9 +293,12 @@ class Walk(Layers):
                     return self._leaf(run, args, kwargs, "it cannot be run on shapes alone")
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in tensors_of(args)]
+            what = "the example inputs do not run through the model"
+            if self.picked:
+                what = "how much a mask picks is not known without numbers; if that is all there is"
             raise RefusalError(
                 node,
-                f"the example inputs do not run through the model: node {node.name!r} "
+                f"{what}: node {node.name!r} "
                 f"({node.target}){where} refuses inputs of shape {shapes}: {error}",
             ) from error
 

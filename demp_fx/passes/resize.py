@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +78,10 @@ class Sizes:
         arguments = [self.follows(a) for a in given.args]
         if given.op != "call_function" or given.kwargs or any(a is None for a in arguments):
             return None
-        plain = all(isinstance(a, (int, float, slice, tuple)) for a in arguments)
-        return given.target(*arguments) if plain else None  # type: ignore[operator]
+        if all(isinstance(a, (int, float, slice, tuple)) for a in arguments):
+            with suppress(ZeroDivisionError):  # `width // (channels // 8)` of fewer than 8
+                return given.target(*arguments)  # type: ignore[operator]
+        return None
 
     def _asked(self, node: fx.Node) -> Any:
         """`x.shape`, `x.size()`, `x.size(d)` or `x.numel()` of the narrow x, or `shape.numel()`."""

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from demp_fx.tracing.layers import restore_layers
@@ -107,9 +108,9 @@ class Exporter:
             program = torch.export.export(
                 self.model, *cast, dynamic_shapes=_shapes(self.bound, cast, free), strict=False
             )
-        graph, constants = lower(program, self.model, self.bound)
         if free:
-            _check_batch(graph)
+            _check_batch(program)
+        graph, constants = lower(program, self.model, self.bound)
         restore_layers(graph, self.model)
         prune(graph)
         return Version(graph, dtype, constants)
@@ -206,9 +207,14 @@ def _shapes(bound: inspect.BoundArguments, arguments: Arguments, free: bool) -> 
     return pytree.tree_map(dims, dict(values))
 
 
-def _check_batch(graph: fx.Graph) -> None:
-    """Raise `FixedSizeError` where the first size of an input is a number in the graph."""
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int):
-            raise FixedSizeError(f"the forward needs {value.shape[0]} samples in {node.target}")
+def _check_batch(program: ExportedProgram) -> None:
+    """Raise `FixedSizeError` where the first size of an input is a number in the graph: if code has
+    made it one, that matters where it is the first size of all of them."""
+    given = set(program.graph_signature.user_inputs)
+    nodes = [n for n in program.graph.find_nodes(op="placeholder") if n.name in given]
+    values = {n: n.meta.get("val") for n in nodes}
+    firsts = {n: v.shape[0] for n, v in values.items() if isinstance(v, Tensor) and v.dim()}
+    alike = len({size if isinstance(size, int) else size.node.hint for size in firsts.values()}) < 2
+    for node, size in firsts.items():
+        if isinstance(size, int) or (alike and is_concrete_int(size)):
+            raise FixedSizeError(f"the forward needs {size} samples in {node.target}")

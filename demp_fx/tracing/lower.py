@@ -22,6 +22,9 @@ _ASSERTS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_c
 # What takes numbers out of a tensor, or a size from them: no shapes alone tell what it gives.
 _NUMBERS = {aten.item.default, aten._local_scalar_dense.default,
             aten.repeat_interleave.self_Tensor, aten.repeat_interleave.Tensor}  # fmt: skip
+# What takes another tensor's sizes, and the same with the sizes spelled out.
+_LIKE = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default,
+         aten.reshape_as.default: aten.reshape.default}  # fmt: skip
 _STORED = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _END = 2**63 - 1  # how a slice without an end is written
 
@@ -147,6 +150,8 @@ class _Lowering:
                 return args[0][0]
         if kwargs.get("pin_memory") is False:
             del kwargs["pin_memory"]
+        if target in _LIKE:  # only its sizes are meant: no reader of its channels
+            target, args = _LIKE[target], (args[0], self._sizes(args[1]))
         made = self.graph.create_node("call_function", target, args, kwargs, node.name)
         made.meta = {k: node.meta[k] for k in ("val",) if k in node.meta}
         made.meta["source"] = traced_line(node.meta.get("stack_trace") or "") or self.entry
@@ -177,7 +182,17 @@ class _Lowering:
 
     def _pieces(self, pieces: list[Any]) -> list[Any]:
         """What is joined, without tensors of shape (0,): torch passes over them."""
-        return [p for p in pieces if not isinstance(p, fx.Node) or p.meta["val"].shape != (0,)]
+        return [p for p in pieces if not isinstance(p, fx.Node) or not _is_nothing(p.meta["val"])]
+
+    def _sizes(self, like: fx.Node) -> list[Any]:
+        """The sizes of a tensor, one by one: those that follow the input are asked for."""
+        found: list[Any] = []
+        for d, size in enumerate(like.meta["val"].shape):
+            found.append(size)
+            if not isinstance(size, int):
+                found[d] = self.graph.call_function(aten.sym_size.int, (like, d))
+                found[d].meta |= {"val": size, "source": like.meta["source"], "module": ("", "")}
+        return found
 
     def _subgraph(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """The nodes of a region without gradients or under autocast, between its two ends."""
@@ -203,6 +218,11 @@ class _Lowering:
             else:
                 inner[n] = self._node(n, body, inner)
         raise AssertionError("a graph without an output")
+
+
+def _is_nothing(tensor: Tensor) -> bool:
+    """Whether it is known to have the shape (0,), whatever the numbers in an input are."""
+    return tensor.dim() == 1 and type(tensor.shape[0]) is int and tensor.shape[0] == 0
 
 
 def _first_names(model: nn.Module) -> dict[int, str]:

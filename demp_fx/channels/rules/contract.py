@@ -5,6 +5,8 @@ The rows of the table are equations in einsum letters; `convolution` is "bi*,oi*
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,7 @@ def meet(
         sides += b.labels(walk, letter) or a.labels(walk, letter)
         if gate is None or batch is None:
             _tie_others(walk, call, a, b, letter)
+            _positions_aside(walk, call, a, b, letter)
             read = _read(walk, call, a, b, letter, outputs, bias, padded, macs)
         else:
             _read_rows(walk, call, a, b, (batch, letter), gate, outputs, macs)
@@ -149,6 +152,31 @@ def _tie_others(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -
             line = walk.tie(found[0], rest, call)
             others = walk.value(operand.tensor).labels
             walk.relabel(operand.tensor, tuple(line if x is found[0] else x for x in others))
+
+
+def _positions_aside(walk: Stream, call: Call, a: Operand, b: Operand, letter: str) -> None:
+    """Where channels are summed over together with positions (of a kernel), the positions stay and
+    the channels meet: of what both operands have there, the most."""
+    lines = [[x for x in operand.labels(walk, letter) if varying(x) == (operand.dim(letter),)]
+             for operand in (a, b)]  # fmt: skip
+    if len(lines[0]) < 2 and len(lines[1]) < 2:
+        return
+    met = [pair for pair in itertools.product(*lines) if _one_to_one(*pair)]
+    if not met:
+        return
+    channels = max(met, key=lambda pair: pair[0].unique().numel())
+    for operand, kept in zip((a, b), channels, strict=True):
+        rest = [x for x in operand.labels(walk, letter) if x is not kept]
+        for label in rest:
+            walk.pin(call, label, "is summed over together with another axis")
+        labels = walk.value(operand.tensor).labels
+        walk.relabel(operand.tensor, tuple(x for x in labels if all(x is not r for r in rest)))
+
+
+def _one_to_one(a: Tensor, b: Tensor) -> bool:
+    """Whether two labels of one dim are equal at the same places."""
+    both = torch.stack([a.reshape(-1), b.reshape(-1)]).unique(dim=1)
+    return bool(a.unique().numel() == b.unique().numel() == both.size(1))
 
 
 def add_bias(walk: Stream, call: Call, labels: list[Tensor], bias: Tensor, out: Tensor) -> None:
