@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line
+from demp_fx.tracing.states import attributes, changed_attributes, written_attributes
 from demp_fx.tracing.values import (
     NUMBERS,
     Values,
@@ -73,21 +74,26 @@ class Tracer(Decisions):
     Args:
         bound: the example inputs as arguments of the root's forward.
         forking: leave modules whole that have no state and ask for the mode: a graph has one way.
+        states: buffers that are attributes else, by name, as the forward changes them.
 
     Attributes:
         opaque: see `TraceNotes`.
         chosen: the modules in `opaque` that are meant to be left whole.
         forks: the modules that were left whole for this.
         plain: the tensors that modules have as attributes, and not as buffers, by name.
+        changed: the names of those that the forward has changed.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
+    def __init__(
+        self, bound: inspect.BoundArguments, forking: bool = False, states: Set[str] = frozenset()
+    ) -> None:
         called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
         super().__init__(called)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
-        self.bound, self.forking = bound, forking
+        self.bound, self.forking, self.states = bound, forking, states
+        self.changed: set[str] = set()
         self.opaque: dict[str, str] = {}
         self.chosen: set[str] = set()
         self.forks: set[str] = set()
@@ -118,11 +124,14 @@ class Tracer(Decisions):
             if _hears_gradients(root):
                 self.baked["backward hooks of the model itself left out"] = None
                 vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
+            before = attributes(root)
             try:
                 graph = super().trace(root, concrete_args)
                 keep_in_place(graph, self.augmented, self.values.of_node)
+                self.changed = written_attributes(graph, root, before)
             finally:
                 self._take_back()
+                self.changed |= changed_attributes(before, root)
         graph._tracer_cls = None
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
