@@ -16,14 +16,15 @@ from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.states import changed, held
 from demp_fx.trees import tensors_of
 
-Precision = Literal["ops", "whole", "own"]
+Precision = Literal["ops", "whole", "own", "spread"]
 
 
 def run(module: nn.Module, inputs: Inputs, training: bool, precision: Precision = "ops") -> Any:
     """The output without gradients, randomness or a trace on the module, whatever it keeps.
 
     `precision`: in float64, to which "ops" convert weights, or the "whole" module at once; or in
-    the "own" dtype of the parameters. Inputs are copies: code may write into them (`x *= 255`).
+    the "own" dtype of the parameters; "spread" is "whole" with noise that varies. Inputs are
+    copies: code may write into them (`x *= 255`).
     """
     return runs(module, inputs, training, precision, calls=1)[0]
 
@@ -51,7 +52,7 @@ def runs(
         with preserved(module.modules()), torch.no_grad(), ExitStack() as stack:
             kept = [stack.enter_context(_swapped(part, precision)) for part in module.modules()]
             weights = [t for tensors in kept for t in tensors]
-            stack.enter_context(Still())
+            stack.enter_context(Still(precision == "spread"))
             if double:
                 stack.enter_context(InFloat64(weights))
             if calls is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from typing import Any
 
 import torch
@@ -53,12 +53,14 @@ def verify(
     batch, fixed, forgets = 0, False, False
     refusal: Exception | None = None
     for training in (False, True) if train else (False,):
-        errors[training] = None
+        errors[training], mode = None, "train" if training else "eval"
         for trial in trials:
             expected, precision = _expected(original, trial, training)
             if isinstance(expected, Exception):
                 refusal = expected
                 continue  # a batch size, or a mode, that the original itself does not take
+            if trial is not inputs and not _is_defined(expected):
+                continue  # random numbers are outside of what it is defined on
             if precision == "own":
                 tolerance = max(tolerance, ROUGH * coarse)
             error, failure = _error(narrow, trial, training, precision, expected)
@@ -82,9 +84,13 @@ def verify(
                         f"the narrow module does not take inputs of shape {sizes}, which the "
                         f"original takes: {failure}; nothing was handed over"
                     ) from failure
+                if not _is_defined(expected):
+                    raise VerificationError(
+                        "the original's own output has numbers in it that are none (nan) in "
+                        f"{mode} mode, and cannot be compared; nothing was handed over"
+                    )
                 again, _ = _error(original, trial, training, precision, expected)
                 if not again <= tolerance:
-                    mode = "train" if training else "eval"
                     raise VerificationError(
                         f"the original's own output is another one each time in {mode} mode (by "
                         f"{again:.1e}): its code takes random numbers that are not torch's, and "
@@ -198,9 +204,18 @@ def _expected(
                 f"nobody can compare the original's output: no tensors are seen in a {kind}; "
                 "return tensors, or lists, dicts or dataclasses of them"
             )
+        if not _is_defined(expected):  # noise divided by how much it varies
+            with suppress(Exception):
+                spread = runs(original, inputs, training, "spread")
+                if _is_defined(spread):
+                    return spread, "spread"
         return expected, precision
     assert refusal is not None
     return refusal, "own"
+
+
+def _is_defined(outputs: list[Any]) -> bool:
+    return not any(bool(t.isnan().any()) for t in tensors_of(outputs))
 
 
 def difference(expected: Any, found: Any, least: Any = ()) -> float:
@@ -215,7 +230,7 @@ def difference(expected: Any, found: Any, least: Any = ()) -> float:
             return math.inf
         a, b = a.to(torch.float64), b.to(torch.float64)
         scale = max(_largest(a), *scales[at : at + 1], torch.finfo(torch.float64).tiny)
-        error = _largest(a - b) / scale
+        error = float((a - b).masked_fill(a == b, 0.0).abs().max()) / scale  # equal infinities too
         if math.isnan(error):
             return math.nan
         worst = max(worst, error)
@@ -223,4 +238,5 @@ def difference(expected: Any, found: Any, least: Any = ()) -> float:
 
 
 def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
