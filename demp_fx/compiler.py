@@ -120,6 +120,12 @@ def compile(
                 "images of other sizes may go another way through the original's code, which was "
                 "not followed" + "".join(decided)
             )
+        if report.verification.forgets:
+            lost = [f"; {a}" for a in report.assumptions if a.endswith("result does not keep")]
+            report.warnings.append(
+                "holds for a first call only: the original keeps something from call to call that "
+                "was not followed" + "".join(lost)
+            )
         if train and report.verification.train_error is None and followed_mode(module):
             lines = "; ".join(followed_mode(module))
             report.warnings.append(f"not compared in both modes: the original's code asks: {lines}")

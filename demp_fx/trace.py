@@ -21,7 +21,9 @@ from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.tracing.exported import Exporter
 from demp_fx.tracing.merge import DiffersError, Version, merge
 from demp_fx.tracing.module import TracedModule, TraceNotes, draft
+from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.source import failed_at, first_line
+from demp_fx.tracing.states import as_buffers
 from demp_fx.tracing.tracer import Tracer
 from demp_fx.tracing.values import in_mode, named_state
 
@@ -120,15 +122,13 @@ def _symbolic(
     """The graph by symbolic tracing. Where Python asks for the mode it is traced in both, and flags
     and numbers that differ follow it; where more differs, modules without state that ask are left
     whole, and else it stays in the mode that it is in."""
-    tracer = Tracer(bind())
-    graph = tracer.trace(model)
+    graph, tracer = _traced(model, bind)
     uniform = all(mode == model.training for mode in tracer.modes.values())
     for forking in (False, True) if tracer.by_mode else ():
         done = {model.training: (graph, tracer)} if uniform and not forking else {}
         for training in {False, True} - done.keys():
             with in_mode(model, training), contextlib.suppress(Exception):
-                attempt = Tracer(bind(), forking)
-                done[training] = attempt.trace(model), attempt
+                done[training] = _traced(model, bind, forking)
         if len(done) < 2:
             continue
         with contextlib.suppress(DiffersError, ValueError):
@@ -137,6 +137,30 @@ def _symbolic(
             tracer.baked = {note: None for note in tracer.baked if note not in tracer.by_mode}
             break
     return graph, tracer
+
+
+def _traced(
+    model: nn.Module, bind: Callable[[], inspect.BoundArguments], forking: bool = False
+) -> tuple[fx.Graph, Tracer]:
+    """The graph of the mode that the model is in. Attributes that turn out to be states are traced
+    as buffers then, of which every use is seen."""
+    done, tracer = None, Tracer(bind(), forking)
+    try:
+        done = tracer.trace(model), tracer
+    except Exception:
+        if not tracer.changed:
+            raise
+    if tracer.changed:
+        again = Tracer(bind(), forking, tracer.changed)
+        try:
+            with preserved(model.modules()):
+                as_buffers(model, tracer.changed)
+                return again.trace(model), again
+        except Exception:  # they are numbers to the code
+            if done is None:
+                raise
+    assert done is not None
+    return done
 
 
 def _mostly_opaque(model: nn.Module, tracer: Tracer) -> str:

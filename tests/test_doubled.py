@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import demp_fx
 from demp_fx.inputs import Inputs
 from demp_fx.passes import doubled
-from demp_fx.passes.verify import difference, run
+from demp_fx.passes.calls import run
+from demp_fx.passes.verify import difference
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(12, 7),

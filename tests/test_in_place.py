@@ -470,3 +470,65 @@ def test_augmented_assignment_is_seen_under_each_name(assign: Callable[[Tensor],
     narrow = demp_fx.compile(net, x).module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert all(type(module.training) is bool for module in net.modules())
+
+
+class Sliced(Cached):
+    """The same with the positions outside of the heads: parts of the buffers are written and read,
+    and what is read of them stands in the buffers as in the layers."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.keys, self.values = (torch.full((2, 9, 3, 4), start) for _ in range(2))
+
+    def forward(self, x: Tensor, first: int) -> Tensor:
+        last = first + x.shape[1]
+        q, k, v = (f(x).unflatten(-1, (3, 4)) for f in (self.q, self.k, self.v))
+        self.keys[:, first:last], self.values[:, first:last] = k, v
+        k, v = self.keys[:, :last], self.values[:, :last]
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        result: Tensor = self.o(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2))
+        return result
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_cache_is_narrowed_with_what_is_written_into_parts_of_it(
+    alike: bool, start: float
+) -> None:
+    torch.manual_seed(0)
+    net, x = Sliced(start).double(), torch.randn(2, 5, 12).double()
+    dead = [0, 4, 8] if alike else [0, 5, 10]
+    with torch.no_grad():
+        for layer in (net.q, net.k, net.v):
+            layer.weight[dead], layer.bias[dead] = 0, 0
+    narrow = demp_fx.compile(net, (x, 2), cuts="always").module
+    known = start == 0  # else the first positions hold other numbers than zeros
+    assert narrow.get_parameter("v.weight").shape == (9, 12)
+    assert narrow.get_parameter("o.weight").shape == (12, 9 if known else 12)
+    assert narrow.get_buffer("keys").shape == (2, 9, 3, 3 if alike else 4)
+    assert narrow.get_buffer("values").shape == (2, 9, 3, 3 if alike and known else 4)
+    for _ in range(3):
+        x = torch.randn_like(x)
+        torch.testing.assert_close(narrow(x, 2), net(x, 2), rtol=1e-12, atol=1e-12)
+
+
+def test_a_cache_that_is_written_the_other_way_round_is_no_less_exact() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 16), nn.Linear(16, 3)
+            self.register_buffer("state", torch.zeros(2, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state.mT.copy_(self.a(x).unflatten(-1, (4, 4)))
+            result: Tensor = self.b(self.state.flatten(1))
+            return result
+
+    torch.manual_seed(0)
+    net, x = Turned().double(), torch.randn(2, 5).double()
+    with torch.no_grad():
+        net.a.weight[[0, 4, 8, 12]], net.a.bias[[0, 4, 8, 12]] = 0, 0
+    narrow = demp_fx.compile(net, (x,), cuts="always").module
+    for _ in range(2):
+        x = torch.randn_like(x)
+        torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

@@ -143,6 +143,47 @@ def test_noise_drawn_at_the_width_of_a_layer_does_not_hinder_the_comparison() ->
     assert result.module.get_submodule("inner").weight.shape[0] == 6
 
 
+def test_noise_divided_by_how_much_it_varies_does_not_hinder_the_comparison() -> None:
+    class Scaled(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner(self.stem(x)).relu()
+            noise = torch.randn(hidden.shape[0], 1, dtype=hidden.dtype)
+            noise = (noise - noise.min()) / (noise.max() - noise.min())
+            result: Tensor = self.head(self.outer(hidden * (1 + noise)))
+            return result
+
+    torch.manual_seed(0)
+    result = demp_fx.compile(_half_dead(Scaled()), (torch.randn(6, 5),))
+    assert result.module.get_submodule("inner").weight.shape[0] == 6
+    assert not result.report.warnings
+
+
+class Masked(Residual):
+    """A network that is defined where its inputs are positive, and gives infinities for some."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.outer(self.inner(self.stem(x.sqrt())).relu()))
+        return result.masked_fill(x[:, :1] < self.limit, -torch.inf)
+
+
+def test_outputs_may_be_infinite() -> None:
+    torch.manual_seed(0)
+    net, x = _half_dead(Masked(0.5)), torch.rand(6, 5)
+    report = demp_fx.compile(net, (x,)).report
+    assert report.verification is not None
+    assert report.verification.eval_error < 1e-9
+    assert not report.warnings
+
+
+def test_an_original_that_gives_nan_is_named_as_the_reason() -> None:
+    with pytest.raises(VerificationError, match=r"the original's own output .* none \(nan\)"):
+        demp_fx.compile(_half_dead(Masked(-1.0)), (-torch.rand(6, 5),))
+
+
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "gumbel_softmax": lambda x: F.gumbel_softmax(x @ x.mT, dim=-1, hard=True) @ x,
     "randperm": lambda x: x[:, torch.randperm(x.shape[1])] + x,

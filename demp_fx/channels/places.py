@@ -19,7 +19,7 @@ from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
 from demp_fx.channels.value import Value
-from demp_fx.channels.writes import carried, filled, memory_of, mixed
+from demp_fx.channels.writes import carried, filled, known_of, memory_of, mixed, refined
 from demp_fx.shapes import Shape
 
 aten = torch.ops.aten
@@ -242,7 +242,8 @@ class Places(Stream):
         for edge in edges:
             origin[edge.target] = origin[edge.source]
         fills = all(write.number is not None for write in writes)
-        holds = carried(value.labels, writes, origin)
+        finer = refined(value.labels, writes, origin)
+        holds = finer is not None or carried(value.labels, writes, origin)
         for edge in edges:  # no cut on the way: the write would go to a copy
             if fills or holds:
                 self.system.same(edge.source, edge.target, self.site)
@@ -252,6 +253,8 @@ class Places(Stream):
             self.system.pin(label, CHANGED, self.site)
         if fills and tensor.dim() == 1:
             value.known = filled(value.facts, tensor, writes)
+        elif finer is not None:
+            value.known = known_of(value.facts, finer, writes)
         elif holds:
             value.known = mixed(value.facts, value.labels, tensor.dim(), writes, origin)
         else:
@@ -259,6 +262,11 @@ class Places(Stream):
         value.vector = value.never_negative = value.positive = False
         value.blank = frozenset()
         value.rows = value.shares = value.never_positive = value.data = None
+        if finer is not None:  # along its other axes nothing was written that has channels
+            for label in value.labels:
+                if not set(varying(label)) <= set(varying(finer)):
+                    self.system.pin(label, CHANGED, self.site)
+            value.labels = (finer,)
         if fills or holds:
             value.version = self.version(tensor)
 

@@ -128,6 +128,10 @@ class Stream(TorchDispatchMode):
             value = self.value(write.tensor)
             if len(labels) == len(value.labels) and all(map(same_label, labels, value.labels)):
                 write.labels, write.facts = labels, value.facts
+            elif func is torch.ops.aten.copy_.default:
+                many = [x for x in value.labels if len(varying(x)) > 1]
+                if len(many) == 1 and all(len(varying(x)) == 1 for x in labels):
+                    write.finer, write.coarse, write.facts = many[0], labels, value.facts
 
     def _dry(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Where only shapes are wanted: count multiplications, and see that indices are there."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.facts import Facts
+from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, varying
 
 aten = torch.ops.aten
@@ -25,12 +25,15 @@ class Write:
     """What an op wrote into a tensor: one number everywhere, or anything (None).
 
     `labels`: those of the tensor, if it has them as before: each channel was written into itself.
-    `facts`: what is known of the tensor now.
+    `finer`: the one that several axes (heads, and channels in each) got instead, to which theirs
+    (`coarse`) are tied. `facts`: what is known of the tensor now.
     """
 
     tensor: Tensor
     number: float | None
     labels: Labels = ()
+    finer: Tensor | None = None
+    coarse: Labels = ()
     facts: Facts | None = None
 
     @classmethod
@@ -44,13 +47,54 @@ class Write:
     def label_like(self, label: Tensor, origin: Tensor) -> Tensor | None:
         """The label of the tensor that has all channels of another one, if there is one. `origin`:
         for each atom the one that it was before the cuts on its way."""
-        flat = origin[label.reshape(-1)]
-        return next((x for x in self.labels if torch.equal(origin[x.reshape(-1)], flat)), None)
+        return next((x for x in self.labels if _is_same(x, label, origin)), None)
 
 
 def carried(labels: Labels, writes: Sequence[Write], origin: Tensor) -> bool:
     """Whether a value that was written into, maybe in part, has the channels that it had."""
     return all(write.label_like(label, origin) is not None for write in writes for label in labels)
+
+
+def _is_same(one: Tensor, other: Tensor, origin: Tensor) -> bool:
+    return torch.equal(origin[one.reshape(-1)], origin[other.reshape(-1)])
+
+
+def refined(value: Labels, writes: Sequence[Write], origin: Tensor) -> Tensor | None:
+    """The finer label of a value after such writes into parts of its memory, if they all gave it
+    the same one, over axes that are whole in both, and in the same place."""
+    finer = writes[0].finer
+    if finer is None or any(w.finer is None or not torch.equal(w.finer, finer) for w in writes):
+        return None
+    own = {varying(x): x for x in value if x.dim() == finer.dim()}
+    parts = [{varying(x): x for x in write.coarse} for write in writes]
+    fits = all(
+        (d,) in own and all((d,) in p and _is_same(own[d,], p[d,], origin) for p in parts)
+        for d in varying(finer)
+    )
+    return finer if fits else None
+
+
+def known_of(facts: Facts | None, label: Tensor, writes: Sequence[Write]) -> Facts | None:
+    """What is known of a value that has a finer label: what all say of a channel of that."""
+    found = [_by(f, label) if f is not None else None for f in (facts, *(w.facts for w in writes))]
+    line = found[0]
+    for new in found[1:]:
+        if line is None or new is None:
+            return None
+        line = agreed(line, new)
+    return None if line is None else line.map(lambda t: t.reshape(label.shape))
+
+
+def _by(facts: Facts, label: Tensor) -> Facts | None:
+    """Facts by the channels of a label over several axes, which are known where they are alike."""
+    dims = varying(label)
+    order = (*dims, *(d for d in range(label.dim()) if d not in dims))
+
+    def channels_first(t: Tensor) -> Tensor:
+        sizes = [label.size(d) if d in dims else -1 for d in range(label.dim())]
+        return t.expand(sizes).permute(order).flatten(0, len(dims) - 1)
+
+    return facts.aligned(label.dim()).map(channels_first).along(0, label.numel())
 
 
 def mixed(

@@ -37,7 +37,8 @@ class Verification(_Data):
     """Largest relative difference from the original, by mode (in float64, if its ops know that).
 
     `fixed`: the code takes the batch size of the example as given, and no other was compared.
-    `sized`: images of another size go another way than those of the example.
+    `sized`: images of another size go another way than those of the example. `forgets`: something
+    that the original keeps from call to call is not kept.
     """
 
     eval_error: float
@@ -46,6 +47,7 @@ class Verification(_Data):
     batch: int
     fixed: bool = False
     sized: bool = False
+    forgets: bool = False
 
 
 class CompileReport(_Data):

@@ -225,8 +225,8 @@ def _chunk(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
 
 
 def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
-    """`x[:, a:b]`: the survivors of a run are a run among the survivors."""
-    source, index = node.args
+    """`x[:, a:b]`, read or written: the survivors of a run are a run among the survivors."""
+    source, index = node.args[:2]
     if not isinstance(source, fx.Node) or not isinstance(sizes.env[source], Tensor):
         return
     masks = sizes.seen(node, source)
@@ -365,7 +365,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(("select", torch.select), _select),
     **dict.fromkeys(("unflatten", torch.unflatten, aten.unflatten.int), _unflatten),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
-    operator.getitem: _getitem,
+    **dict.fromkeys((operator.getitem, operator.setitem), _getitem),
     **dict.fromkeys((F.pad, torch._C._nn.pad), _pad),
     **dict.fromkeys((F.group_norm, torch.group_norm, aten.group_norm.default), _norm_groups),
     F.scaled_dot_product_attention: _attention,

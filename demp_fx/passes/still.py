@@ -19,10 +19,15 @@ aten = torch.ops.aten
 
 class Still(TorchDispatchMode):
     """Every draw gives its mean, whatever its shape: a Bernoulli draw divided by it is one. A draw
-    of indices gives the first, and moves nothing."""
+    of indices gives the first, and moves nothing.
 
-    def __init__(self) -> None:
+    `spread`: noise differs from row to row around its mean, for code that divides by how much it
+    varies; along its first dim alone, which is hardly ever one of channels.
+    """
+
+    def __init__(self, spread: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.spread = spread
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -34,7 +39,11 @@ class Still(TorchDispatchMode):
         if mean is None:
             return func(*args, **kwargs)
         drawn = func(*args, **kwargs)  # in the shape, dtype and device that it is to have
-        return drawn.copy_(mean(args, kwargs))
+        drawn.copy_(mean(args, kwargs))
+        if self.spread and drawn.dim() and func._overloadpacket in _NOISE:
+            rows = torch.linspace(-0.25, 0.25, drawn.size(0), dtype=drawn.dtype)
+            drawn += rows.to(drawn.device).view(-1, *[1] * (drawn.dim() - 1))
+        return drawn
 
 
 def _second(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, default: Any) -> Any:
@@ -62,6 +71,7 @@ def _low(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
     return torch.tensor(args[0] if isinstance(args[1], int) else 0)
 
 
+_NOISE = {aten.rand, aten.rand_like, aten.randn, aten.randn_like, aten.normal, aten.normal_}
 _MEANS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     aten.bernoulli: _chance,
     aten.bernoulli_: lambda args, kwargs: torch.as_tensor(_second(args, kwargs, "p", 0.5)),

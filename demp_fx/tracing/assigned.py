@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
 from demp_fx.tracing.functions import proxy_in
-from demp_fx.tracing.proxies import Flag
+from demp_fx.tracing.proxies import Flag, check_exchanged
 from demp_fx.tracing.source import quoted
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @contextmanager
 def items_as_nodes(tracer: Tracer) -> Iterator[None]:
     """Meanwhile items of a tensor that a module has as an attribute are nodes where a proxy is the
-    index, or is assigned to them: caches and tables need not be buffers."""
+    index, or is assigned to them, or to its data: caches and tables need not be buffers."""
     kind: Any = Tensor
-    get, put = kind.__getitem__, kind.__setitem__
+    get, put, data = kind.__getitem__, kind.__setitem__, kind.data
 
     def records(tensor: Tensor, given: tuple[Any, ...]) -> bool:
         own = not tracer.values.busy and any(tensor is t for t in tracer.plain.values())
@@ -40,11 +40,19 @@ def items_as_nodes(tracer: Tracer) -> Iterator[None]:
         else:
             put(self, index, value)
 
+    def exchange(self: Tensor, value: Any) -> None:
+        if records(self, (value,)):
+            check_exchanged(self, tracer.values.of(value))
+            tracer.create_proxy("call_method", "copy_", (self, value), {})
+        else:
+            data.__set__(self, value)
+
     kind.__getitem__, kind.__setitem__ = getitem, setitem
+    kind.data = property(data.__get__, exchange)
     try:
         yield
     finally:
-        del kind.__getitem__, kind.__setitem__
+        del kind.__getitem__, kind.__setitem__, kind.data
 
 
 def keep_assigned(tracer: Tracer) -> None:
@@ -58,7 +66,9 @@ def keep_assigned(tracer: Tracer) -> None:
 
 def _keep(tracer: Tracer, name: str, value: Any) -> None:
     old, new = tracer.state.get(name), tracer.values.of(value)
-    if all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):
+    read = tracer.tensor_proxies.get(name)
+    kept = name not in tracer.states or (read is not None and read.node.users)
+    if kept and all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):
         tracer.create_proxy("get_attr", name, (), {}).copy_(value.detach())
     else:
         line = quoted(value.node.meta["source"])

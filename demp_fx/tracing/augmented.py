@@ -19,10 +19,17 @@ IN_PLACE: dict[Any, Any] = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
 }
 # What gives a part of a tensor, or all of it, and no copy of it.
-_VIEWS = {operator.getitem, "view", "reshape", "flatten", "transpose", "permute", "squeeze"}
-_VIEWS |= {"unsqueeze", "narrow", "select", "diagonal", "detach", "t"}
+VIEWS = {operator.getitem, "view", "reshape", "flatten", "transpose", "permute", "squeeze"}
+VIEWS |= {"unsqueeze", "narrow", "select", "diagonal", "detach", "t"}
 _SIZES = {"size", "dim", "numel"}
 _FEATURES = {"shape", "dtype", "device", "ndim"}
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether what a node calls writes to its first argument."""
+    name = node.target if node.op == "call_method" else ""
+    method = str(name).endswith("_") and not str(name).endswith("__")
+    return method or node.target is operator.setitem or node.target in IN_PLACE.values()
 
 
 def noted(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -56,7 +63,7 @@ def _is_seen(node: fx.Node, places: dict[fx.Node, int], noted: set[fx.Node]) -> 
     while isinstance(held, fx.Node):
         if any(places[u] > places[node] and not _asks_sizes(u) for u in held.users):
             return True
-        if called(held) not in _VIEWS and held not in noted:
+        if called(held) not in VIEWS and held not in noted:
             return False
         held = held.args[0]
         if isinstance(held, fx.Node) and held.op == "get_attr":  # the next call reads it

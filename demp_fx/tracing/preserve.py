@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 CONSTANT = "_tensor_constant"  # how fx names tensors that it keeps on the root
@@ -24,8 +25,7 @@ def preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, attributes, contents, numbers in before:
             for tensor, held, version in numbers:
-                if tensor._version != version:
-                    tensor.detach().copy_(held)
+                _put_back(tensor, held, version)
             table = vars(module)
             new = [(k, table[k]) for k in table if k not in attributes and CONSTANT in k]
             table.clear()
@@ -41,17 +41,36 @@ def preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
                     container.update(content)
 
 
+def _put_back(tensor: Tensor, held: tuple[Tensor, Tensor], version: int) -> None:
+    """The numbers that a tensor held, in the memory that it had: code may write to its `data`, or
+    exchange that, and its version then stays the same."""
+    data, copy = held
+    if tensor.device != data.device or not tensor.is_set_to(data):
+        tensor.data = data
+    if tensor._version != version or not torch.equal(tensor, copy):
+        tensor.detach().copy_(copy)
+
+
 def _held(
     module: nn.Module,
-) -> tuple[list[tuple[Any, Any]], list[tuple[Tensor, Tensor, int]]]:
+) -> tuple[list[tuple[Any, Any]], list[tuple[Tensor, tuple[Tensor, Tensor], int]]]:
     """Containers and copies of them (an empty one stands for its copy, which it is once cleared);
-    tensors that are no buffers, copies of them, and how often they have been written into."""
+    tensors that are no buffers, also those in containers, what they hold, and how often they have
+    been written into."""
     containers: list[tuple[Any, Any]] = []
-    tensors: list[tuple[Tensor, Tensor, int]] = []
-    for value in vars(module).values():
-        kind = type(value)  # by kind, as this is asked very often
-        if kind in _CONTAINERS:
+    tensors: list[tuple[Tensor, tuple[Tensor, Tensor], int]] = []
+    for name, value in vars(module).items():
+        inner: Iterable[Any] = (value,)
+        if type(value) in _CONTAINERS:
             containers.append((value, value and value.copy()))
-        elif issubclass(kind, Tensor) and not value.is_inference():
-            tensors.append((value, value.detach().clone(), value._version))
+            own = name in ("_parameters", "_buffers")
+            inner = () if own else value.values() if isinstance(value, dict) else value
+        for one in inner:  # by kind, as this is asked very often
+            kind = type(one)
+            if issubclass(kind, Tensor) and kind is not nn.Parameter and _is_plain(one):
+                tensors.append((one, (one.data, one.detach().clone()), one._version))
     return containers, tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return not (tensor.is_inference() or tensor.is_meta) and tensor.layout is torch.strided

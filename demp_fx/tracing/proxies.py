@@ -47,10 +47,7 @@ class _Known:
     @data.setter
     def data(self, value: Any) -> None:
         """`weight.data = weight.data * mask`: whoever reads the weight afterwards gets that."""
-        old, new = self.known(), self.tracer.values.of(value)
-        tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
-        if not tensors or (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise TypeError("the data of a tensor is exchanged for data of another form")
+        check_exchanged(self.known(), self.tracer.values.of(value))
         self.data.copy_(value)
 
     def __len__(self) -> int:
@@ -84,6 +81,13 @@ class _Known:
 
 for _op, _in_place in IN_PLACE.items():
     setattr(_Known, f"__{_in_place.__name__}__", noted(_op))
+
+
+def check_exchanged(old: Any, new: Any) -> None:
+    """Refuse data of another form in place of a tensor's."""
+    tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
+    if not tensors or (old.shape, old.dtype) != (new.shape, new.dtype):
+        raise TypeError("the data of a tensor is exchanged for data of another form")
 
 
 class KnownProxy(_Known, fx.Proxy):

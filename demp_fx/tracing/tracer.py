@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line
+from demp_fx.tracing.states import attributes, changed_attributes, written_attributes
 from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
     NUMBERS,
@@ -71,18 +72,23 @@ class Tracer(Submodules):
     Args:
         bound: the example inputs as arguments of the root's forward.
         forking: see `Submodules`.
+        states: buffers that are attributes else, by name, as the forward changes them.
 
     Attributes:
         plain: the tensors that modules have as attributes, and not as buffers, by name.
+        changed: the names of those that the forward has changed.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, bound: inspect.BoundArguments, forking: bool = False) -> None:
+    def __init__(
+        self, bound: inspect.BoundArguments, forking: bool = False, states: Set[str] = frozenset()
+    ) -> None:
         called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
         super().__init__(called, forking)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
-        self.bound = bound
+        self.bound, self.states = bound, states
+        self.changed: set[str] = set()
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
         self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
@@ -109,11 +115,14 @@ class Tracer(Submodules):
             if hears_gradients(root):
                 self.baked["backward hooks of the model itself left out"] = None
                 vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
+            before = attributes(root)
             try:
                 graph = super().trace(root, concrete_args)
                 keep_in_place(graph, self.augmented, self.values.of_node)
+                self.changed = written_attributes(graph, root, before)
             finally:
                 self._take_back()
+                self.changed |= changed_attributes(before, root)
         graph._tracer_cls = None
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions

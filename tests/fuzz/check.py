@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 import demp_fx
 from demp_fx.channels.stream import FAILED
 from demp_fx.inputs import Inputs
+from demp_fx.passes.calls import run
 from demp_fx.passes.narrow import narrow as carry_out
 from demp_fx.passes.plan import PruningPlan
-from demp_fx.passes.verify import run
 from tests.fuzz.network import Net, takes_other_sizes
 
 EVAL_ERROR = 1e-10
