@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import demp_fx
+from demp_fx.channels.writes import Write, refined
 from demp_fx.errors import TraceError
 from demp_fx.tracing.augmented import IN_PLACE
 
@@ -532,3 +533,13 @@ def test_a_cache_that_is_written_the_other_way_round_is_no_less_exact() -> None:
     for _ in range(2):
         x = torch.randn_like(x)
         torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_written_the_other_way_round_has_its_channels_elsewhere() -> None:
+    heads, inner = torch.arange(1, 5), torch.arange(5, 9)
+    own = heads.reshape(1, 4, 1), inner.reshape(1, 1, 4)
+    turned = inner.reshape(1, 4, 1), heads.reshape(1, 1, 4)
+    finer, origin = torch.arange(9, 25).reshape(1, 4, 4), torch.arange(25)
+    writes = [Write(torch.empty(2, 4, 4), None, finer=finer, coarse=x) for x in (own, turned)]
+    assert refined(own, writes[:1], origin) is finer
+    assert refined(own, writes[1:], origin) is None
