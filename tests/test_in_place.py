@@ -438,6 +438,18 @@ def _a_view_of_a_view(x: Tensor) -> Tensor:
     return x
 
 
+def _by_a_function(x: Tensor) -> Tensor:
+    row = torch.select(x, 1, 0)
+    row -= 1
+    return x
+
+
+def _turned(x: Tensor) -> Tensor:
+    turned = x.mT
+    turned *= 2
+    return x
+
+
 def _nobody_else(x: Tensor) -> Tensor:
     y = x.relu()
     y += x
@@ -450,7 +462,8 @@ def _sizes(x: Tensor) -> Tensor:
     return x * (n - x.shape[1])
 
 
-AUGMENTED = (_a_part, _another_name, _a_view_of_a_view, _nobody_else, _sizes)
+AUGMENTED = (_a_part, _another_name, _a_view_of_a_view, _by_a_function, _turned,
+             _nobody_else, _sizes)  # fmt: skip
 
 
 @pytest.mark.parametrize("assign", AUGMENTED)

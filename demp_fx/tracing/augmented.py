@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import called
@@ -18,9 +19,14 @@ IN_PLACE: dict[Any, Any] = {
     getattr(operator, name): getattr(operator, f"i{name.rstrip('_')}")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
 }
-# What gives a part of a tensor, or all of it, and no copy of it.
-VIEWS = {operator.getitem, "view", "reshape", "flatten", "transpose", "permute", "squeeze"}
-VIEWS |= {"unsqueeze", "narrow", "select", "diagonal", "detach", "t"}
+# What gives a part of a tensor, all of it or all of its parts, and no copy of it.
+_MOVES = (
+    "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "swapdims",
+    "movedim", "permute", "squeeze", "unsqueeze", "narrow", "select", "diagonal", "detach", "t",
+    "expand", "chunk", "split", "tensor_split", "unbind",
+)  # fmt: skip
+_VIEWS = {operator.getitem, *_MOVES, *(f for name in _MOVES if (f := getattr(torch, name, None)))}
+_TURNED = {"T", "mT", "data"}
 _SIZES = {"size", "dim", "numel"}
 _FEATURES = {"shape", "dtype", "device", "ndim"}
 
@@ -30,6 +36,11 @@ def is_write(node: fx.Node) -> bool:
     name = node.target if node.op == "call_method" else ""
     method = str(name).endswith("_") and not str(name).endswith("__")
     return method or node.target is operator.setitem or node.target in IN_PLACE.values()
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether what a node gives has the memory of its first argument."""
+    return called(node) in _VIEWS or (node.target is getattr and node.args[1] in _TURNED)
 
 
 def noted(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -49,8 +60,9 @@ def keep_in_place(
 ) -> None:
     """Let those of the `noted` nodes that others see the effect of write in place."""
     places = {node: k for k, node in enumerate(graph.nodes)} if noted else {}
+    assigned = set(noted)
     for node in noted:
-        if node in places and node.target in IN_PLACE and _is_seen(node, places, set(noted)):
+        if node in places and node.target in IN_PLACE and _is_seen(node, places, assigned):
             assert isinstance(node.args[0], fx.Node)
             if isinstance(value_of(node.args[0]), Tensor):
                 node.target = IN_PLACE[node.target]
@@ -63,7 +75,7 @@ def _is_seen(node: fx.Node, places: dict[fx.Node, int], noted: set[fx.Node]) -> 
     while isinstance(held, fx.Node):
         if any(places[u] > places[node] and not _asks_sizes(u) for u in held.users):
             return True
-        if called(held) not in VIEWS and held not in noted:
+        if not is_view(held) and held not in noted:
             return False
         held = held.args[0]
         if isinstance(held, fx.Node) and held.op == "get_attr":  # the next call reads it

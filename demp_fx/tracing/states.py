@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from demp_fx.calls import called
-from demp_fx.tracing.augmented import VIEWS, is_write
+from demp_fx.tracing.augmented import is_view, is_write
 
 _MANY = {dict, OrderedDict, list, set, tuple}
 
@@ -67,7 +66,7 @@ def _is_written(node: fx.Node) -> bool:
     return any(
         (user.args[:1] == (node,) and is_write(user))
         or user.kwargs.get("out") is node
-        or (called(user) in VIEWS and _is_written(user))
+        or (is_view(user) and _is_written(user))
         for user in node.users
     )
 
