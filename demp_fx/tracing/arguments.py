@@ -46,10 +46,20 @@ def in_place(
     return (), kwargs
 
 
+def check_taken(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+    """Raise the `TypeError` of a call with arguments that a function does not take."""
+    if kwargs or not _takes(function, len(args)):
+        inspect.signature(function, follow_wrapped=False).bind(*args, **kwargs)
+
+
 @functools.cache
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """How a function is called, whatever it passes on to another one."""
-    return inspect.signature(function, follow_wrapped=False)
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether it takes so many arguments by position, and needs no others."""
+    try:
+        inspect.signature(function, follow_wrapped=False).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 CONSTANT = "_tensor_constant"  # how fx names tensors that it keeps on the root
+NUMBERS = {bool, int, float, str, type(None)}  # kinds of attributes that hold nothing else
 _CONTAINERS = {dict, OrderedDict, list, set}
+_TABLES = {"_parameters", "_buffers", "_modules"}
 
 
 @contextlib.contextmanager
@@ -59,13 +61,17 @@ def _held(
     been written into."""
     containers: list[tuple[Any, Any]] = []
     tensors: list[tuple[Tensor, tuple[Tensor, Tensor], int]] = []
-    for name, value in vars(module).items():
+    for name, value in vars(module).items():  # by kind, as this is asked very often
         inner: Iterable[Any] = (value,)
-        if type(value) in _CONTAINERS:
+        kind = type(value)
+        if kind in NUMBERS:
+            continue
+        if kind in _CONTAINERS:
             containers.append((value, value and value.copy()))
-            own = name in ("_parameters", "_buffers")
-            inner = () if own else value.values() if isinstance(value, dict) else value
-        for one in inner:  # by kind, as this is asked very often
+            if not value or name in _TABLES:
+                continue
+            inner = value.values() if isinstance(value, dict) else value
+        for one in inner:
             kind = type(one)
             if issubclass(kind, Tensor) and kind is not nn.Parameter and _is_plain(one):
                 tensors.append((one, (one.data, one.detach().clone()), one._version))

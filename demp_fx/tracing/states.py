@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from demp_fx.tracing.augmented import is_view, is_write
+from demp_fx.tracing.preserve import NUMBERS
 
 _MANY = {dict, OrderedDict, list, set, tuple}
+_OTHERS = _MANY | NUMBERS
 
 Kept = tuple[Any, Tensor | None]  # a thing, and what it holds if it is a tensor
 
@@ -41,7 +43,7 @@ def attributes(root: nn.Module) -> dict[str, Kept]:
         f"{path}.{name}".lstrip("."): (value, _copy(value))
         for path, module in root.named_modules()
         for name, value in vars(module).items()
-        if isinstance(value, Tensor)
+        if (kind := type(value)) not in _OTHERS and issubclass(kind, Tensor)
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from demp_fx.expressions import Expression, batch_norm, expression_of
-from demp_fx.tracing.arguments import signature_of
+from demp_fx.tracing.arguments import check_taken
 from demp_fx.tracing.computed import computes_weight
 from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.norms import PLAIN, plain_kind
@@ -56,7 +56,7 @@ class Submodules(Decisions):
         if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
         if not is_hooked(m) and "forward" not in vars(m):
-            signature_of(type(m).forward).bind(m, *args, **kwargs)  # code may try what it takes
+            check_taken(type(m).forward, (m, *args), kwargs)  # code may try what it takes
         name = self.path_of_module(m)
         expression = self._expression(m)
         computing = name not in self.opaque and computes_weight(m)
