@@ -173,7 +173,7 @@ def test_the_summary_counts() -> None:
     rows = [
         {"network": "a", "suite": "s", "deaths": "zero",
          "ours": GOOD | {"seconds": 1.0},
-         "peer": {"eval_error": 0.0, "removed": 5, "seconds": 4.0, "pruner_seconds": 8.0}},
+         "peer": {"eval_error": 0.0, "removed": 5, "seconds": 4.0}, "pruner": {"seconds": 8.0}},
         {"network": "b", "suite": "s", "deaths": "zero",
          "ours": GOOD | {"removed": 10, "seconds": 1.0, "pinned": ["norm mixes"]},
          "peer": {"eval_error": 0.5, "removed": 5, "seconds": 1.0}},

@@ -92,8 +92,9 @@ def _tasks(networks: list[Network], options: argparse.Namespace) -> list[Task]:
             work = functools.partial(ours.measure, network, constant, options.cuts)
             tasks.append(Task((key, "ours"), work, options.limit))
             if not options.without_peer:
-                work = functools.partial(peer.measure, network, constant)
-                tasks.append(Task((key, "peer"), work, options.peer_limit))
+                for part, measure in {"peer": peer.measure, "pruner": peer.measure_pruner}.items():
+                    work = functools.partial(measure, network, constant)
+                    tasks.append(Task((key, part), work, options.peer_limit))
     return tasks
 
 

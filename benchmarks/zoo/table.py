@@ -11,8 +11,8 @@ EVAL_ERROR = 1e-10  # relative, in float64
 TRAIN_ERROR = 1e-9  # batch statistics of small maps amplify the last digit
 ENOUGH = 0.98  # of the removable parameters
 PEERS_WORK = {
-    "Torch-Pruning's pruner, which finds what to cut as compile() does": "pruner_seconds",
-    "its cutting alone, of channels that are given": "seconds",
+    "Torch-Pruning's pruner, which finds what to cut as compile() does": "pruner",
+    "its cutting alone, of channels that are given": "peer",
 }
 
 
@@ -52,9 +52,9 @@ def share(row: Row) -> float | None:
     return float(ours["removed"] / ours["removable"])
 
 
-def time_ratio(row: Row, of: str = "seconds") -> float | None:
+def time_ratio(row: Row, of: str = "peer") -> float | None:
     """Our seconds relative to those `of` Torch-Pruning, where both gave a network."""
-    ours, peer = row["ours"].get("seconds"), row["peer"].get(of)
+    ours, peer = row["ours"].get("seconds"), row.get(of, {}).get("seconds")
     return ours / peer if ours and peer else None
 
 
@@ -136,8 +136,8 @@ def _cells(row: Row) -> list[str]:
         _millions(peer.get("removed")),
         _seconds(peer.get("seconds")),
         _ratio(time_ratio(row)),
-        _seconds(peer.get("pruner_seconds")),
-        _ratio(time_ratio(row, "pruner_seconds")),
+        _seconds(row.get("pruner", {}).get("seconds")),
+        _ratio(time_ratio(row, "pruner")),
     ]
 
 
