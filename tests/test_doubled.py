@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import demp_fx
 from demp_fx.inputs import Inputs
 from demp_fx.passes import doubled
-from demp_fx.passes.calls import run
+from demp_fx.passes.calls import run, runs
 from demp_fx.passes.verify import difference
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -106,3 +108,43 @@ def test_a_constant_of_a_coarser_dtype_is_no_difference() -> None:
     result = demp_fx.compile(model, torch.randn(4, 12).double())
     assert 1e-9 < result.report.verification.eval_error < 1e-6
     assert result.module.make.weight.shape == (6, 12)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the copies that are made of tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy):
+            self.count += tuple(out.shape) == self.shape
+        return out
+
+
+@pytest.mark.parametrize(("precision", "copies"), [("ops", 0), ("whole", 1)])
+def test_weights_are_not_copied_to_see_whether_a_call_has_changed_them(
+    precision: Any, copies: int
+) -> None:
+    layer, x = nn.Linear(12, 7), Inputs.of(torch.randn(2, 12))
+    with _Copies((7, 12)) as seen:
+        assert len(runs(layer, x, False, precision)) == 1
+    assert seen.count == copies
+
+
+def test_a_weight_that_a_call_writes_to_is_a_state() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.add_(1.0)
+            return x @ self.weight
+
+    first, second = runs(Counting(), Inputs.of(torch.ones(2, 3)), False, "whole")
+    assert first.unique().tolist() == [3.0]
+    assert second.unique().tolist() == [6.0]

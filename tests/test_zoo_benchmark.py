@@ -183,7 +183,10 @@ def test_the_summary_counts() -> None:
     text = " ".join(summary(rows))
     assert "3 networks: 2 traced, 2 exact, 1 with at least 98%" in text
     assert "2 give a network that runs, 1 an exact one" in text
-    assert "its cutting alone, of channels that are given, geometric mean over 2 networks" in text
+    assert (
+        "Torch-Pruning's cutting alone, of channels that are given, geometric mean over 2 networks"
+        in text
+    )
     assert "2 networks that both give: 0.50" in text
     assert "1 networks that both give: 0.1" in text
     page = markdown(rows, ["about"])

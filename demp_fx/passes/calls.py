@@ -51,15 +51,15 @@ def runs(
         _follow(module, training)
         with preserved(module.modules()), torch.no_grad(), ExitStack() as stack:
             kept = [stack.enter_context(_swapped(part, precision)) for part in module.modules()]
-            weights = [t for tensors in kept for t in tensors]
+            weights = [t for part in module.modules() for t in _weights(part)]
             stack.enter_context(Still(precision == "spread"))
             if double:
-                stack.enter_context(InFloat64(weights))
+                stack.enter_context(InFloat64([t for tensors in kept for t in tensors]))
             if calls is not None:
                 return [call() for _ in range(calls)]
-            before = held(module.modules(), weights)
+            before, written = held(module.modules(), weights), _versions(weights)
             outputs = [call()]
-            if changed(before, module.modules(), weights):
+            if written != _versions(weights) or changed(before, module.modules(), weights):
                 with suppress(Exception):
                     second = call()
                     outputs += [second] * all(bool(t.isfinite().all()) for t in tensors_of(second))
@@ -67,6 +67,16 @@ def runs(
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+def _weights(part: nn.Module) -> list[Tensor]:
+    """A module's own parameters of several dims: nearly all of its memory."""
+    return [t for t in part._parameters.values() if t is not None and t.dim() > 1]
+
+
+def _versions(weights: list[Tensor]) -> list[int]:
+    """How often each was written into: too large to be compared with a copy."""
+    return [t._version for t in weights]
 
 
 def _follow(module: nn.Module, training: bool) -> None:
@@ -93,7 +103,7 @@ def _swapped(part: nn.Module, precision: Precision) -> Iterator[list[Tensor]]:
         return
     kept = []
     if precision == "ops" and not isinstance(part, nn.RNNBase):
-        kept = [t for t in before[0].values() if t.dim() > 1]
+        kept = _weights(part)
     whole, held = {id(t) for t in kept}, [t.data for t in kept]
     try:
         for table, saved in zip(tables, before, strict=True):

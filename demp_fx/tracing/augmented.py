@@ -20,12 +20,12 @@ IN_PLACE: dict[Any, Any] = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
 }
 # What gives a part of a tensor, all of it or all of its parts, and no copy of it.
-_MOVES = (
+MOVES = (
     "view", "view_as", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "swapdims",
     "movedim", "permute", "squeeze", "unsqueeze", "narrow", "select", "diagonal", "detach", "t",
     "expand", "chunk", "split", "tensor_split", "unbind",
 )  # fmt: skip
-_VIEWS = {operator.getitem, *_MOVES, *(f for name in _MOVES if (f := getattr(torch, name, None)))}
+_VIEWS = {operator.getitem, *MOVES, *(f for name in MOVES if (f := getattr(torch, name, None)))}
 _TURNED = {"T", "mT", "data"}
 _SIZES = {"size", "dim", "numel"}
 _FEATURES = {"shape", "dtype", "device", "ndim"}

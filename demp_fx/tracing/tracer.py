@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.expressions import expression_of
 from demp_fx.tracing.arguments import in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
-from demp_fx.tracing.augmented import keep_in_place
+from demp_fx.tracing.augmented import MOVES, keep_in_place
 from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
@@ -57,7 +57,7 @@ _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, oper
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
 # Nor does what only moves numbers that nobody reads: it may tell of sizes that happen to be alike.
-_PURE |= {"reshape", "view", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand"}
+_PURE |= set(MOVES)
 # What gives a tensor itself another shape: all that has it sees the result from then on.
 _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
