@@ -12,7 +12,7 @@ TRAIN_ERROR = 1e-9  # batch statistics of small maps amplify the last digit
 ENOUGH = 0.98  # of the removable parameters
 PEERS_WORK = {
     "Torch-Pruning's pruner, which finds what to cut as compile() does": "pruner",
-    "its cutting alone, of channels that are given": "peer",
+    "Torch-Pruning's cutting alone, of channels that are given": "peer",
 }
 
 
