@@ -27,6 +27,9 @@ from demp_fx.tracing.states import as_buffers
 from demp_fx.tracing.tracer import Tracer
 from demp_fx.tracing.values import in_mode, named_state
 
+# Attributes of a graph module that parts of a model would have to share a name with.
+RESERVED = {*dir(TracedModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     """Turn `model` into a graph of its leaf modules and torch functions.
@@ -184,6 +187,12 @@ def _checked(model: nn.Module) -> nn.Module:
         raise TraceError("a TorchScript module has no Python to trace: hand in the original module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UsageError(f"{type(model).__name__} only wraps a model: hand in its `.module`")
+    own = RESERVED & (model._modules.keys() | model._parameters.keys() | model._buffers.keys())
+    if own:
+        raise TraceError(
+            f"{type(model).__name__} has a submodule, parameter or buffer called {min(own)!r}, "
+            "and an fx.GraphModule something of its own: give it another name"
+        )
     for name, tensor in named_state(model):
         if nn.parameter.is_lazy(tensor):
             raise UsageError(f"{name} has no shape yet: run the model once on example inputs first")

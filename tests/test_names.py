@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.errors import TraceError
 
 NAMES = ["mean", "size", "view", "reshape", "chunk", "split", "narrow", "select", "add", "shape"]
 
@@ -53,3 +54,11 @@ def test_a_name_is_no_method(name: str) -> None:
     for net in (Normalised(name, trained=True), Normalised(name, trained=False), Layered(name)):
         result = demp_fx.compile(net, x)
         assert result.module.get_submodule("o").weight.shape == (2, 4, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta"])
+@pytest.mark.parametrize("kind", ["layer", "buffer"])
+def test_names_that_a_graph_module_needs_are_refused_by_name(name: str, kind: str) -> None:
+    model = Layered(name) if kind == "layer" else Normalised(name, trained=False)
+    with pytest.raises(TraceError, match=f"'{name}'.*give it another name"):
+        demp_fx.compile(model, torch.randn(2, 3, 4, 4))

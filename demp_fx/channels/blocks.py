@@ -29,7 +29,7 @@ def nested(label: Tensor) -> Tensor | None:
     for d in range(flat.ndim):
         line = _line(flat, d) - base
         total = total + line.reshape([-1 if k == d else 1 for k in range(flat.ndim)])
-        lines.append(_without_repeats(line))
+        lines.append(without_repeats(line))
     if not np.array_equal(total, flat):
         return None
     reach, atoms = 0, np.array(base)
@@ -46,7 +46,7 @@ def _line(atoms: Atoms, dim: int) -> Atoms:
     return atoms[tuple(slice(None) if d == dim else 0 for d in range(atoms.ndim))]
 
 
-def _without_repeats(line: Atoms) -> Atoms:
+def without_repeats(line: Atoms) -> Atoms:
     """One period of a line that repeats each entry, or itself as a whole, or both."""
     new = np.empty(line.size, dtype=bool)
     new[:1] = True
@@ -66,7 +66,7 @@ def _without_repeats(line: Atoms) -> Atoms:
 def repeats_along(label: Tensor, dim: int) -> bool:
     """Whether the atoms along a dim repeat themselves: it is merged with another one."""
     line = _line(label.numpy(), dim)
-    return _without_repeats(line).size < line.size
+    return without_repeats(line).size < line.size
 
 
 def outer_to_inner(label: Tensor) -> list[int]:

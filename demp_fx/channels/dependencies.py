@@ -15,7 +15,7 @@ from demp_fx.channels.runs import Indices
 from demp_fx.channels.solve import Solution, classes, components
 from demp_fx.channels.states import macs, states
 from demp_fx.channels.stream import STRUCTURE
-from demp_fx.channels.system import Axis, Edge, Read, System
+from demp_fx.channels.system import Axis, Edge, Product, Read, System
 from demp_fx.channels.ties import Ties, axes_of, name_of
 
 if TYPE_CHECKING:
@@ -155,11 +155,13 @@ class DependencyGraph:
     def links(self) -> list[Link]:
         """Which group feeds which."""
         links: dict[Link, None] = {}
-        for step in [*self.system.flow, *self.system.links]:
+        for step in [*self.system.flow, *self.system.links, *self.system.products]:
             if isinstance(step, Read):
                 pairs = [(step.inputs, o, "read") for o in step.outputs]
             elif isinstance(step, Edge):
                 pairs = [(step.source, step.target, step.kind)]
+            elif isinstance(step, Product):
+                pairs = [(step.cells, side, "block") for side in (step.outputs, step.inputs)]
             else:
                 pairs = [(step.rows, step.gate, "block")]
             for source, target, kind in pairs:

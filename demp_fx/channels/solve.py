@@ -18,7 +18,7 @@ from torch import Tensor
 from demp_fx.channels.blocks import fillers
 from demp_fx.channels.constants import carried, dead_at, foldable
 from demp_fx.channels.runs import Indices, Mask, Runs
-from demp_fx.channels.system import Axis, Edge, Link, Pin, Read, System
+from demp_fx.channels.system import Axis, Edge, Link, Pin, Product, Read, System
 
 
 def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -101,8 +101,8 @@ def droppable(edge: Edge) -> Tensor | None:
 
 @dataclass(slots=True)
 class _Step:
-    """A read, edge or link: any survivor in each of `outputs` keeps `needs`; if it goes in `pairs`,
-    one keeps the need at the same place."""
+    """A read, edge, link or product: any survivor in each of `outputs` keeps `needs`; if it goes in
+    `pairs`, one keeps the need at the same place."""
 
     outputs: list[Indices]
     needs: Indices
@@ -154,7 +154,8 @@ class Solver:
         self.system = system
         self.folds = foldable(system)
         self.number, self.classes = _numbered(classes(system).numpy())
-        flow = [*system.flow, *system.links, *(p for p in system.pins if p.outputs)]
+        pins = (pin for pin in system.pins if pin.outputs)
+        flow = [*system.flow, *system.links, *system.products, *pins]
         steps = [(id(step), *self._needs(step)) for step in reversed(flow)]
         self.steps = [step for step in steps if step[2].numel()]
         self.inside = self._runs([a for _, outs, needs, _ in self.steps for a in (*outs, needs)])
@@ -174,6 +175,8 @@ class Solver:
         self.carried = carried(system, self.folds, self.number)
         links = ((link.rows.numpy(), link.gate.numpy()) for link in system.links)
         self.links = [(self.number[rows], self.number[gate]) for rows, gate in links]
+        products = ((p.cells, p.outputs, p.inputs) for p in system.products)
+        self.products = [[self.number[t.numpy()] for t in product] for product in products]
         self.multiples = [(self.number[m.atoms.numpy()], m.of) for m in system.multiples]
         blocks = (self.number[block.atoms.numpy()] for block in system.blocks)
         # the same ones are met by every op on their way
@@ -194,7 +197,8 @@ class Solver:
         steps = self._steps(merged, hard)
         while True:
             _propagate(steps, keep)
-            if not (self._revive(draft) or self._complete(draft) or self._carry(draft)):
+            completing = (self._multiply, self._revive, self._complete, self._carry)
+            if not any(step(draft) for step in completing):
                 present = draft.present()
                 mask = torch.from_numpy(present[self.number])
                 return Solution(mask, draft.revived, present, merged)
@@ -202,12 +206,14 @@ class Solver:
     def _runs(self, parts: list[Tensor]) -> Runs:
         return Runs(parts, self.number)
 
-    def _needs(self, step: Read | Edge | Link | Pin) -> tuple[list[Tensor], Tensor, bool]:
+    def _needs(self, step: Read | Edge | Link | Product | Pin) -> tuple[list[Tensor], Tensor, bool]:
         if isinstance(step, Pin):
             return list(step.outputs), step.atoms, False
         if isinstance(step, Link):
             gates = step.gate.unsqueeze(1).expand(step.rows.shape).reshape(-1)
             return [step.rows.reshape(-1)], gates, True
+        if isinstance(step, Product):
+            return [step.cells.repeat(2)], torch.cat([step.outputs, step.inputs]), True
         if isinstance(step, Read):
             dead = dead_at(step, self.folds)
             needs = step.inputs if dead is None else step.inputs[~dead]
@@ -261,6 +267,15 @@ class Solver:
             if not draft.keep[first]:
                 draft.keep[first] = True
                 draft.revived.append(self.axes[k])
+        return found
+
+    def _multiply(self, draft: _Draft) -> bool:
+        """Keep the cells of a weight between the outputs and inputs that stay."""
+        found = False
+        for cells, outputs, inputs in self.products:
+            wanted = draft.merged[cells[draft.kept(outputs) & draft.kept(inputs)]]
+            found |= not draft.keep[wanted].all()
+            draft.keep[wanted] = True
         return found
 
     def _complete(self, draft: _Draft) -> bool:

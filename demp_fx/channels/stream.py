@@ -306,6 +306,15 @@ class Stream(TorchDispatchMode):
         """Give a tensor labels that say the same as those it had."""
         tensor.__dict__["demp"] = replace(self.value(tensor), labels=labels)
 
+    def adopt(self, tensor: Tensor, *labels: Tensor) -> None:
+        """Give labels to what may have as many channels as it meets, and to what that was made of,
+        number by number."""
+        origin: Tensor | None = tensor
+        while origin is not None:
+            value = self.value(origin)
+            self.relabel(origin, (*value.labels, *labels))
+            origin = value.image_of
+
     def rows(self, blocks: Tensor) -> Tensor:
         """A fresh atom for each distinct row of atoms (N, k): whether that block is there."""
         _, number = blocks.unique(dim=0, return_inverse=True)

@@ -134,6 +134,17 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A weight whose outputs and inputs are in one axis: `cells[k]` survives iff `outputs[k]` and
+    `inputs[k]` do."""
+
+    cells: Tensor
+    outputs: Tensor
+    inputs: Tensor
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
 class Multiple:
     """An axis of which a kernel takes a multiple of `of` channels only."""
 
@@ -212,6 +223,7 @@ class System:
     work: list[Work] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     multiples: list[Multiple] = field(default_factory=list)
     groupings: list[Grouping] = field(default_factory=list)
     whole: set[tuple[int, int]] = field(default_factory=set)
@@ -276,7 +288,7 @@ class System:
     @property
     def _lists(self) -> tuple[list[Any], ...]:
         return (self.sames, self.pins, self.flow, self.traffic, self.blocks, self.links,
-                self.multiples, self.groupings, self.work)  # fmt: skip
+                self.products, self.multiples, self.groupings, self.work)  # fmt: skip
 
     def mark(self) -> Mark:
         """How much has been recorded so far."""

@@ -23,9 +23,10 @@ class Value:
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
     are its numbers, read when they are asked for; `rows`: tells which of its rows are all zero.
     `shares`: the dim along which it sums to one. `blank`: dims along which it holds the same, as
-    often as the sizes want that it is given. `table`: it is computed from parameters and
-    buffers alone. `never_negative`: no element ever is, `positive`: all are above zero;
-    `never_positive`: those that never are, a mask that broadcasts.
+    often as the sizes want that it is given; `image_of`: what has such dims, too, and is what it is
+    an elementwise image of. `table`: it is computed from parameters and buffers alone.
+    `never_negative`: no element ever is, `positive`: all are above zero; `never_positive`: those
+    that never are, a mask that broadcasts.
     """
 
     labels: Labels = ()
@@ -36,6 +37,7 @@ class Value:
     rows: Empty | None = None
     shares: int | None = None
     blank: frozenset[int] = frozenset()
+    image_of: Tensor | None = None
     table: bool = False
     never_negative: bool = False
     positive: bool = False

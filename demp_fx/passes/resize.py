@@ -40,8 +40,8 @@ class Sizes:
 
     `seen`: the same of an input, as a node gets it (behind a cut, say). `ragged`: for dims on which
     other indices stay in each block, though as many of them, the masks of all blocks. `merged`:
-    dims that hold the channels together with something else, such as the batch. `changed`: nodes
-    that hold sizes which change.
+    dims that hold the channels together with something else, such as the batch. `varies`: whether a
+    number is worked out of a size of the input. `changed`: nodes that hold sizes which change.
     """
 
     env: Mapping[fx.Node, Any]
@@ -49,6 +49,7 @@ class Sizes:
     seen: Callable[[fx.Node, fx.Node], Masks]
     ragged: Callable[[fx.Node], Masks]
     merged: Callable[[fx.Node], set[int]]
+    varies: Callable[[fx.Node], bool]
     changed: set[fx.Node] = field(default_factory=set)
     _new: dict[fx.Node, dict[int, int]] = field(default_factory=dict)
     _followed: dict[fx.Node, Any] = field(default_factory=dict)
@@ -141,6 +142,7 @@ def _shape(node: fx.Node, sizes: Sizes, first: int = 1, inferred: bool = True) -
     }
     # where the batch, or another size of the input, is in it, torch works it out
     merged = sizes.merged(node) if changes else set()
+    merged |= {d for d in asked & changes.keys() & new.keys() if sizes.varies(given[d])}
     free = merged | (asked & changes.keys() - new.keys())
     if inferred and len(free) == 1 and -1 not in given:
         changes |= dict.fromkeys(free & changes.keys(), -1)
@@ -312,13 +314,16 @@ def _norm_groups(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     yield from _alive(node, sizes, *_argument(node, 1, "num_groups", 1))
 
 
-def _alive(node: fx.Node, sizes: Sizes, path: list[int | str], groups: Any) -> Iterator[Literal]:
-    groups = sizes.number(groups)
-    mask = sizes.seen(node, node.all_input_nodes[0]).get(1)
-    if groups != 1 and mask is not None:
-        alive = int(mask.reshape(groups, -1).any(1).sum())
-        if alive != groups:
-            yield Literal(node=node.name, path=path, value=alive)
+def _alive(node: fx.Node, sizes: Sizes, path: list[int | str], given: Any) -> Iterator[Literal]:
+    groups, mask = sizes.number(given), sizes.seen(node, node.all_input_nodes[0]).get(1)
+    if groups != 1 and (mask is not None or given in sizes.changed):
+        alive = groups if mask is None else int(mask.reshape(groups, -1).any(1).sum())
+        follows = sizes.follows(given)
+        if follows is None:
+            raise MisfitError(node)
+        if alive != follows:  # where they are computed, the batch may be in them
+            of = follows if isinstance(given, fx.Node) else None
+            yield Literal(node=node.name, path=path, value=alive, of=of)
 
 
 def _attention(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
@@ -365,6 +370,7 @@ ROWS: dict[Any, Row] = {
     **dict.fromkeys(("select", torch.select), _select),
     **dict.fromkeys(("unflatten", torch.unflatten, aten.unflatten.int), _unflatten),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _groups),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _groups),
     **dict.fromkeys((operator.getitem, operator.setitem), _getitem),
     **dict.fromkeys((F.pad, torch._C._nn.pad), _pad),
     **dict.fromkeys((F.group_norm, torch.group_norm, aten.group_norm.default), _norm_groups),
@@ -381,6 +387,7 @@ ROWS: dict[Any, Row] = {
     aten.scaled_dot_product_attention.default: _attention,
     **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), _groups),
 }
-SIZE_ROWS = (_shape, _made, _made_like, _split, _split_evenly, _chunk, _unflatten)
+SIZE_ROWS = (_shape, _made, _made_like, _split, _split_evenly, _chunk, _unflatten, _groups,
+             _norm_groups)  # fmt: skip
 # Targets whose arguments in these rows are sizes: a size of a tensor may be written there as it is.
 SIZED = {target for target, row in ROWS.items() if row in SIZE_ROWS}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.labels import along, moved, varying
+from demp_fx.channels.rules.cells import told_apart
 from demp_fx.channels.rules.known import constants, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Stream
@@ -60,6 +61,10 @@ def meet(
             _outermost(walk, call, operand, batch)
     for letter in shared - set(result):
         _adopt(walk, a, b, letter)
+        for other in set(result) - shared:
+            told_apart(walk, call, b, letter, other)
+            if all(b.tensor.size(b.dim(x)) == 1 for x in set(b.letters) - shared):  # a vector
+                told_apart(walk, call, a, letter, other)
     gate = None if batch is None else _gate(walk, call, a, b, batch)
     labels = _kept(walk, call, a, b, place)
     if batch is not None and gate is not None:
@@ -90,7 +95,7 @@ def _adopt(walk: Stream, a: Operand, b: Operand, letter: str) -> None:
     those of the weight that reads it."""
     value, d, channels = walk.value(a.tensor), a.dim(letter), b.single(walk, letter)
     if channels is not None and d in value.blank and not a.labels(walk, letter):
-        walk.relabel(a.tensor, (*value.labels, along(channels, a.tensor.dim(), d)))
+        walk.adopt(a.tensor, along(channels, a.tensor.dim(), d))
 
 
 def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]) -> list[Tensor]:

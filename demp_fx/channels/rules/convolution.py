@@ -11,6 +11,7 @@ from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.contract import add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
+from demp_fx.channels.rules.samplewise import samples_in, samplewise
 from demp_fx.channels.stream import STRUCTURE, Rule, Stream
 from demp_fx.channels.system import Blocks, Grouping, Read
 from demp_fx.channels.value import Call
@@ -20,25 +21,17 @@ aten = torch.ops.aten
 
 def convolution(walk: Stream, call: Call) -> None:
     """bi*,oi*->bo*; depthwise it is elementwise on its channels, grouped it works in blocks."""
-    x, weight, bias = call.args[:3]
-    transposed, groups = call.args[6], call.args[8]
-    for label in walk.value(weight).labels:
-        if varying(label)[0] > 1:
-            walk.pin(call, label, STRUCTURE)
-    rank = x.dim()
+    x, weight, transposed, groups = *call.args[:2], call.args[6], call.args[8]
+    if groups > 1 and (samples := samples_in(walk, call)) > 1:
+        samplewise(walk, call, samples, convolution)
+        return
     value = walk.value(x)
+    _kernel_aside(walk, call)
     aside: Labels = ()
     if any(max(varying(label)) > 1 for label in value.labels):
         aside = _set_aside(walk, call)
     if groups == 1:
-        kernel = "*" * (rank - 2)
-        a = Operand(x, "bi" + "?" * (rank - 2))
-        b = Operand(weight, ("io" if transposed else "oi") + kernel)
-        spatial = transposed or any(p != 0 for p in call.args[4])
-        macs = (weight.numel() // weight.size(0)) * (
-            x.numel() if transposed else call.outputs[0].numel()
-        )
-        meet(walk, call, a, b, "bo" + "." * (rank - 2), bias, spatial, macs)
+        dense(walk, call)
     elif groups == x.size(1) and weight.size(1) == 1 and not transposed:
         depthwise(walk, call)
     else:
@@ -46,6 +39,31 @@ def convolution(walk: Stream, call: Call) -> None:
     if aside:
         walk.relabel(call.outputs[0], (*walk.value(call.outputs[0]).labels, *aside))
     walk.relabel(x, value.labels)
+
+
+def _kernel_aside(walk: Stream, call: Call) -> None:
+    """Positions of the kernel stay, whatever else is in an axis with them."""
+    weight, labels = call.args[1], []
+    for label in walk.value(weight).labels:
+        dims = varying(label)
+        if dims[0] > 1:
+            walk.pin(call, label, STRUCTURE)
+        elif dims[-1] > 1:
+            label = walk.tie(label, tuple(d for d in dims if d > 1), call)
+        labels.append(label)
+    walk.relabel(weight, tuple(labels))
+
+
+def dense(walk: Stream, call: Call) -> None:
+    """Every channel makes every output."""
+    x, weight, bias = call.args[:3]
+    kernel, transposed = x.dim() - 2, call.args[6]
+    a = Operand(x, "bi" + "?" * kernel)
+    b = Operand(weight, ("io" if transposed else "oi") + "*" * kernel)
+    spatial = transposed or any(p != 0 for p in call.args[4])
+    through = x if transposed else call.outputs[0]
+    macs = (weight.numel() // weight.size(0)) * through.numel()
+    meet(walk, call, a, b, "bo" + "." * kernel, bias, spatial, macs)
 
 
 def _set_aside(walk: Stream, call: Call) -> Labels:
@@ -91,6 +109,9 @@ def depthwise(walk: Stream, call: Call) -> None:
     rank, size, times = x.dim(), x.size(1), weight.size(0) // x.size(1)
     filters = Operand(weight, "o").single(walk, "o")
     source = Operand(x, "bi").single(walk, "i")
+    if filters is None and source is not None and 0 in walk.value(weight).blank:
+        filters = source.repeat_interleave(times)  # the same kernel for as many as there are
+        walk.adopt(weight, along(filters, weight.dim(), 0))
     if filters is None:
         for label in walk.value(x).labels:
             walk.pin(call, label, "is convolved with weights that are no parameter")

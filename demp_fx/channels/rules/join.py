@@ -54,7 +54,7 @@ def _adopt(walk: Stream, tensors: list[Tensor], dim: int) -> None:
         bare = not any(dim in varying(label) for label in value.labels)
         if bare and dim in value.blank and t.size(dim) > 1:
             atoms = walk.system.fresh(f"{walk.site.node}.joined", -1, t.size(dim)).atoms
-            walk.relabel(t, (*value.labels, along(atoms, t.dim(), dim)))
+            walk.adopt(t, along(atoms, t.dim(), dim))
 
 
 def stack(walk: Stream, call: Call) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from demp_fx.channels.blocks import nested
+from demp_fx.channels.blocks import nested, without_repeats
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, repeats, reshaped, varying
 from demp_fx.channels.stream import Rule, Stream
@@ -102,8 +103,8 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
             walk.sliced.add(call.site.node)
             walk.opens |= repeats(before)  # its parts have channels in common
             return _run(old, new)
-        short, long = sorted((old, new), key=Tensor.numel)
-        return name in REPEATS and long.numel() % short.numel() == 0 and _repeats(short, long)
+        a, b = (without_repeats(line.numpy()) for line in (old, new))  # merged with another dim
+        return name in REPEATS and np.array_equal(a, b)
     if name in REARRANGE and name not in RESHAPES | SLICES:
         return width[0] == width[1] and _equal(old, new)
     walk.splits |= width[0] == 1
@@ -119,12 +120,6 @@ def _run(old: Tensor, new: Tensor) -> bool:
     """`new` is a contiguous run of `old`."""
     start = int((old == new[0]).nonzero()[0])
     return _equal(old[start : start + new.numel()], new)
-
-
-def _repeats(old: Tensor, new: Tensor) -> bool:
-    """`new` is `old` merged with a dim outside or inside of it."""
-    times = new.numel() // old.numel()
-    return _equal(old.repeat_interleave(times), new) or _equal(old.repeat(times), new)
 
 
 def _facts(facts: Facts | None, apply: Callable[[Tensor], list[Tensor]]) -> list[Facts] | None:

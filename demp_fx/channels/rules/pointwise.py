@@ -47,6 +47,14 @@ def pointwise(walk: Stream, call: Call) -> None:
     for other in call.outputs:
         walk.give(other, labels if other.shape == out.shape else (), facts)
     walk.value(out).never_positive = sinking
+    _stays_blank(walk, call, out)
+
+
+def _stays_blank(walk: Stream, call: Call, out: Tensor) -> None:
+    """An image of what holds the same along an axis does so, too."""
+    x = call.tensors[0]
+    if len(call.tensors) == 1 and x is not out and walk.value(x).blank:
+        walk.value(out).blank, walk.value(out).image_of = walk.value(x).blank, x
 
 
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
@@ -110,7 +118,7 @@ def _adopted(walk: Stream, call: Call, rank: int) -> None:
         flat = {d + lead for d in value.blank - own if tensor.size(d) > 1}
         new = [x.reshape(x.shape[lead:]) for key, x in found.items() if key and set(key) <= flat]
         if new and len({d for x in new for d in varying(x)}) == sum(len(varying(x)) for x in new):
-            walk.relabel(tensor, (*value.labels, *new))
+            walk.adopt(tensor, *new)
 
 
 def _aligned(label: Tensor, rank: int) -> Tensor:
@@ -271,6 +279,7 @@ def copy(walk: Stream, call: Call) -> None:
         data, facts = None, _rounded(facts, out)
     walk.moves += 1
     walk.give(out, value.labels, facts, data)
+    _stays_blank(walk, call, out)
 
 
 def overwrite(walk: Stream, call: Call) -> None:

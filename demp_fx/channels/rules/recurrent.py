@@ -149,7 +149,7 @@ def _begin(walk: Stream, call: Call, start: Tensor, label: Tensor) -> None:
     value = walk.value(start)
     dims = set(varying(label))
     if not value.labels and dims <= value.blank:
-        walk.relabel(start, (label,) if dims else ())
+        walk.adopt(start, *((label,) if dims else ()))
         return
     if len(value.labels) == 1 and value.labels[0].shape == label.shape:
         if not same_label(value.labels[0], label):

@@ -1,0 +1,47 @@
+"""Numbers that are worked out of sizes of the input: what is merged with the batch, say, is as long
+as the example's only in the example."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from demp_fx.calls import called
+from demp_fx.passes.resize import ASKS
+
+
+@dataclass(frozen=True)
+class InputSizes:
+    """`env`: the example value of each node. `channels`: the dims of a node's value that have
+    channels, and so are as long for any input."""
+
+    env: Mapping[fx.Node, Any]
+    channels: Callable[[fx.Node], set[int]]
+    _found: dict[fx.Node, bool] = field(default_factory=dict)
+
+    def varies(self, node: fx.Node) -> bool:
+        """Whether a size of the input is in the number, or the sizes, that a node holds."""
+        if node not in self._found:
+            self._found[node] = self._look(node)
+        return self._found[node]
+
+    def _look(self, node: fx.Node) -> bool:
+        source, place = (*node.args, None, None)[:2]
+        index = place if isinstance(place, int) else None
+        if called(node) in ASKS:
+            return self._varies_at(source, index)
+        if node.target is operator.getitem and isinstance(source, fx.Node) and index is not None:
+            return called(source) in ASKS and self._varies_at(source.args[0], index)
+        numbers = (n for n in node.all_input_nodes if not isinstance(self.env.get(n), Tensor))
+        return any(map(self.varies, numbers))
+
+    def _varies_at(self, source: Any, dim: int | None) -> bool:
+        value = self.env.get(source)
+        if not isinstance(value, Tensor) or source.op == "get_attr":
+            return False
+        dims = range(value.dim()) if dim is None else (dim % value.dim(),)
+        return not set(dims) <= self.channels(source)
