@@ -459,6 +459,34 @@ def test_a_wrong_result_is_not_handed_over() -> None:
         verify(model, narrow(graph, plan), image(2, 3, 8, 8))
 
 
+class Chaotic(nn.Module):
+    """Every step doubles what two numbers are apart."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps, self.hidden, self.last = steps, nn.Linear(6, 999), nn.Linear(999, 4)
+        self.double().eval()
+        with torch.no_grad():
+            self.hidden.weight[:501] = self.hidden.bias[:501] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.last(self.hidden(x).relu()))
+        for _ in range(self.steps):
+            x = 4 * x * (1 - x)
+        return x
+
+
+def test_what_a_network_makes_of_rounding_is_no_error() -> None:
+    torch.manual_seed(0)
+    model, x = Chaotic(26), torch.randn(64, 6, dtype=torch.float64)
+    result = demp_fx.compile(model, x)
+    found = result.report.verification
+    assert found is not None
+    assert 1e-9 < found.eval_error <= found.tolerance <= 1e-5
+    with pytest.raises(VerificationError):  # of this, nothing can be compared
+        demp_fx.compile(Chaotic(52), x)
+
+
 def test_macs_are_those_of_torchs_own_counter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -35,6 +35,7 @@ class Pinned(_Data):
 
 class Verification(_Data):
     """Largest relative difference from the original, by mode (in float64, if its ops know that).
+    `tolerance`: 1e-9, and more only where the original makes more of rounding.
 
     `fixed`: the code takes the batch size of the example as given, and no other was compared.
     `sized`: images of another size go another way than those of the example. `forgets`: something
