@@ -1,4 +1,5 @@
-"""Layers of torch whose weight is computed before each call: weight normalisation and pruning."""
+"""Layers of torch whose weight is computed before each call: weight and spectral normalisation, and
+pruning."""
 
 from __future__ import annotations
 
@@ -108,6 +109,43 @@ def test_they_are_written_as_files(way: str) -> None:
     written = kind()
     written.load_state_dict(module.state_dict())
     torch.testing.assert_close(written.double()(x), module(x))
+
+
+SPECTRAL = {
+    "conv": lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 3)),
+    "several iterations": lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 3), n_power_iterations=3),
+    "transposed": lambda: nn.utils.spectral_norm(nn.ConvTranspose2d(8, 8, 3)),
+    "parametrized": lambda: parametrizations.spectral_norm(nn.Conv2d(8, 8, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_a_spectral_norm_needs_all_weights_and_its_layer_does_not(kind: str) -> None:
+    """The largest singular value is that of the whole weight; in train mode it is looked for."""
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(8), nn.BatchNorm2d(8)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight)
+        norm.weight.data[DEAD] = 0
+    stem, layer = nn.Conv2d(3, 8, 3, bias=False), SPECTRAL[kind]()
+    net = nn.Sequential(stem, norms[0], nn.ReLU(), layer, norms[1], nn.ReLU(), nn.Conv2d(8, 2, 1))
+    net.double()
+    result = demp_fx.compile(net, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    narrow = result.module
+    assert not result.report.opaque
+    assert narrow.get_parameter("0.weight").shape == (5, 3, 3, 3)
+    assert narrow.get_parameter("6.weight").shape == (2, 5, 1, 1)
+    for mode in (True, True, False, True):
+        x = torch.randn(3, 3, 10, 10, dtype=torch.float64)
+        net.train(mode)
+        narrow.train(mode)
+        torch.testing.assert_close(narrow(x), net(x), rtol=1e-10, atol=1e-10)
+    state, before = narrow.state_dict(), net.state_dict()
+    assert state.keys() == before.keys()
+    for name in before:
+        if name.endswith(("_u", "_v")):
+            torch.testing.assert_close(state[name], before[name], rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_computed_in_another_way_in_each_mode_stays_whole() -> None:

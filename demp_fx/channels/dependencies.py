@@ -161,7 +161,7 @@ class DependencyGraph:
             elif isinstance(step, Edge):
                 pairs = [(step.source, step.target, step.kind)]
             elif isinstance(step, Product):
-                pairs = [(step.cells, side, "block") for side in (step.outputs, step.inputs)]
+                pairs = [(step.cells, side, "block") for side in step.sides]
             else:
                 pairs = [(step.rows, step.gate, "block")]
             for source, target, kind in pairs:

@@ -175,7 +175,7 @@ class Solver:
         self.carried = carried(system, self.folds, self.number)
         links = ((link.rows.numpy(), link.gate.numpy()) for link in system.links)
         self.links = [(self.number[rows], self.number[gate]) for rows, gate in links]
-        products = ((p.cells, p.outputs, p.inputs) for p in system.products)
+        products = ((p.cells, *p.sides) for p in system.products)
         self.products = [[self.number[t.numpy()] for t in product] for product in products]
         self.multiples = [(self.number[m.atoms.numpy()], m.of) for m in system.multiples]
         blocks = (self.number[block.atoms.numpy()] for block in system.blocks)
@@ -213,7 +213,7 @@ class Solver:
             gates = step.gate.unsqueeze(1).expand(step.rows.shape).reshape(-1)
             return [step.rows.reshape(-1)], gates, True
         if isinstance(step, Product):
-            return [step.cells.repeat(2)], torch.cat([step.outputs, step.inputs]), True
+            return [step.cells.repeat(len(step.sides))], torch.cat(step.sides), True
         if isinstance(step, Read):
             dead = dead_at(step, self.folds)
             needs = step.inputs if dead is None else step.inputs[~dead]
@@ -270,10 +270,10 @@ class Solver:
         return found
 
     def _multiply(self, draft: _Draft) -> bool:
-        """Keep the cells of a weight between the outputs and inputs that stay."""
+        """Keep the cells all of whose sides stay."""
         found = False
-        for cells, outputs, inputs in self.products:
-            wanted = draft.merged[cells[draft.kept(outputs) & draft.kept(inputs)]]
+        for cells, *sides in self.products:
+            wanted = draft.merged[cells[np.logical_and.reduce([draft.kept(s) for s in sides])]]
             found |= not draft.keep[wanted].all()
             draft.keep[wanted] = True
         return found

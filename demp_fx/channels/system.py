@@ -135,12 +135,11 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A weight whose outputs and inputs are in one axis: `cells[k]` survives iff `outputs[k]` and
-    `inputs[k]` do."""
+    """Several axes that are merged into one, such as the outputs and inputs of a weight:
+    `cells[k]` survives iff `side[k]` does for each of the `sides`."""
 
     cells: Tensor
-    outputs: Tensor
-    inputs: Tensor
+    sides: tuple[Tensor, ...]
     site: Site
 
 

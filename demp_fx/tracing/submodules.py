@@ -7,6 +7,7 @@ import itertools
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from demp_fx.expressions import Expression, batch_norm, expression_of
 from demp_fx.tracing.arguments import check_taken
-from demp_fx.tracing.computed import computes_weight
+from demp_fx.tracing.computed import computes_weight, in_both_modes
 from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.source import failed_at, first_line, user_line
@@ -72,7 +73,8 @@ class Submodules(Decisions):
         baked, by_mode = self.baked.copy(), self.by_mode.copy()
         try:
             body = functools.partial(expression, m) if expression else forward
-            result = self._within(m, name, functools.partial(body, *args, **kwargs))
+            with in_both_modes(m) if computing else nullcontext():
+                result = self._within(m, name, functools.partial(body, *args, **kwargs))
             forks = self.mode_decisions != decisions
             if not (forks and (computing or (self.forking and not _has_state(m)))):
                 return result

@@ -1,7 +1,11 @@
-"""Weights that one axis held, outputs and inputs in one (those of several experts, a row each)."""
+"""Axes that are merged into one, all of which can get narrower: what is in one *cell* of them
+survives with each of its sides. So it is with the outputs and inputs of weights that one axis holds
+(those of several experts, a row each), and with products of each channel of one value with each of
+another."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from demp_fx.channels.labels import Labels, along, varying
@@ -9,6 +13,30 @@ from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Stream
 from demp_fx.channels.system import Product
 from demp_fx.channels.value import Call
+
+
+def merged(walk: Stream, call: Call, labels: Labels) -> Labels:
+    """The labels of a value, one for the cells of a dim where it had several. Those that stay
+    anyway say nothing."""
+    places = [varying(label) for label in labels]
+    found: list[Tensor] = []
+    for place in dict.fromkeys(places):
+        here = [label for label, at in zip(labels, places, strict=True) if at == place]
+        if len(here) > 1 and len(place) == 1:
+            free = [label for label in here if not walk.system.is_fixed(label)]
+            here = [_cells(walk, call, free)] if len(free) > 1 else free or here[:1]
+        found += here
+    return tuple(found)
+
+
+def _cells(walk: Stream, call: Call, labels: list[Tensor]) -> Tensor:
+    """Fresh atoms for each combination of theirs."""
+    rows = torch.stack([label.reshape(-1) for label in labels])
+    sides, number = rows.unique(dim=1, return_inverse=True)
+    cells = walk.system.fresh(f"{call.site.node}.cells", -1, sides.size(1)).atoms
+    walk.system.products.append(Product(cells, tuple(sides), call.site))
+    walk.opens = True  # behind it, single cells may be left out
+    return cells[number].reshape(labels[0].shape)
 
 
 def told_apart(walk: Stream, call: Call, weight: Operand, *letters: str) -> None:
@@ -27,5 +55,5 @@ def _sides(walk: Stream, call: Call, label: Tensor, dims: tuple[int, ...]) -> La
     cells = label.reshape([label.size(d) for d in dims])
     first, second = (walk.system.fresh(call.site.node, -1, n).atoms for n in cells.shape)
     sides = (first.repeat_interleave(cells.size(1)), second.repeat(cells.size(0)))
-    walk.system.products.append(Product(cells.reshape(-1), *sides, call.site))
+    walk.system.products.append(Product(cells.reshape(-1), sides, call.site))
     return tuple(along(x, label.dim(), d) for x, d in zip((first, second), dims, strict=True))

@@ -17,6 +17,7 @@ from torch import Tensor
 from demp_fx.channels.blocks import nested, without_repeats
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, repeats, reshaped, varying
+from demp_fx.channels.rules.cells import merged
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
@@ -86,7 +87,10 @@ def move(walk: Stream, call: Call) -> None:
                 walk.shaped.append(after)
             if not fitting:
                 walk.unfit.append((before, f"{name} rearranges channels"))
-        walk.give(out, tuple(labels), facts[k] if facts else None, real[k], moved=True)
+        found = tuple(labels)
+        if name in RESHAPES and not (value.table or value.data is not None):
+            found = merged(walk, call, found)
+        walk.give(out, found, facts[k] if facts else None, real[k], moved=True)
 
 
 def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
