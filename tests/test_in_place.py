@@ -144,6 +144,56 @@ def test_channels_that_are_written_into_themselves_may_go(read: bool, width: int
     assert narrow.get_parameter("a.weight").shape[0] == width
 
 
+class PartsShifted(nn.Module):
+    """A quarter of the channels is that of the next step, a quarter that of the one before, written
+    into zeros; how many that is, is worked out of a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.double()
+        with torch.no_grad():
+            for layer in (self.a, self.b):  # in each part at least one
+                layer.bias.zero_()
+            self.a.weight[[0, 3, 4, 5]] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        fold = hidden.shape[-1] // 4
+        shifted = torch.zeros_like(hidden)
+        shifted[:, :-1, :fold] = hidden[:, 1:, :fold]
+        shifted[:, 1:, fold : 2 * fold] = hidden[:, :-1, fold : 2 * fold]
+        shifted[:, :, 2 * fold :] = hidden[:, :, 2 * fold :]
+        result: Tensor = self.b(shifted)
+        return result
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_parts_of_channels_may_be_written_into_themselves(batch: int) -> None:
+    net, x = PartsShifted(), torch.randn(batch, 5, 4, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,)).module
+    longer = torch.randn(2, 7, 4, dtype=torch.float64)
+    torch.testing.assert_close(narrow(longer), net(longer), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("a.weight").shape == (4, 4)
+    assert narrow.get_parameter("b.weight").shape == (3, 4)
+
+
+def test_a_part_that_is_written_into_another_one_is_tied_to_it() -> None:
+    class Crossed(PartsShifted):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            crossed = torch.zeros_like(hidden)
+            crossed[..., :4] = hidden[..., 4:]
+            crossed[..., 4:] = hidden[..., :4] + 1
+            result: Tensor = self.b(crossed)
+            return result
+
+    net, x = Crossed(), torch.randn(3, 5, 4, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,)).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 class Caches(nn.Module):
     """Attention over keys that are kept in a cache, which is a buffer or a mere attribute.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
 
 
-def cropped_dims(node: fx.Node, rank: int, given: Set[fx.Node]) -> set[int]:
-    """The dims that `node` crops at a size, or picks at one, which nodes in `given` work out (those
-    that depend on the inputs); `rank`: of the tensor it crops."""
-    if called(node) in _NARROWS and any(
-        isinstance(a, fx.Node) and a in given for a in node.args[2:]
-    ):
+def cropped_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:
+    """The dims that `node` crops at a size, or picks at one, which `varies` with the input; `rank`:
+    of the tensor it crops."""
+    bounds = [a for a in node.args[2:] if isinstance(a, fx.Node)]
+    if called(node) in _NARROWS and any(map(varies, bounds)):
         dim: Any = node.args[1]
         return {dim % rank}
     if node.target is not operator.getitem:
@@ -35,8 +34,8 @@ def cropped_dims(node: fx.Node, rank: int, given: Set[fx.Node]) -> set[int]:
         if entry is Ellipsis:
             dim += rank - taken
             continue
-        bounds = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
-        if any(isinstance(bound, fx.Node) and bound in given for bound in bounds):
+        ends = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
+        if any(isinstance(end, fx.Node) and varies(end) for end in ends):
             dims.add(dim)
         dim += 1
     return dims

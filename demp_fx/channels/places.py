@@ -133,17 +133,20 @@ class Places(Stream):
         reads = {s.inputs.data_ptr() for s in self.system.since(start) if isinstance(s, Read)}
         result, found = self.value(out), []
         for n, value in before.items():
-            if value.known is None or n.op == "get_attr" or len(value.labels) != 1:
+            if value.known is None or n.op == "get_attr":
                 continue
-            label, dims = value.labels[0], varying(value.labels[0])
-            if len(dims) != 1 or out.dim() <= dims[0] or out.size(dims[0]) != label.numel():
-                continue
-            if label.data_ptr() in reads:
-                continue
-            had = _supplied(value, dims[0], label.numel())
-            has = _supplied(result, dims[0], label.numel())
-            if had is not None and bool((had if has is None else had & ~has).any()):
-                found.append(n)
+            for label in value.labels:
+                dims, size = varying(label), label.numel()
+                if len(dims) != 1 or out.dim() <= dims[0] or out.size(dims[0]) != size:
+                    continue
+                if label.data_ptr() in reads:
+                    continue
+                had, has = _supplied(value, dims[0], size), _supplied(result, dims[0], size)
+                if any(dims[0] in varying(x) and len(varying(x)) > 1 for x in result.labels):
+                    has = None  # in blocks it cannot be supplied any more
+                if had is not None and bool((had if has is None else had & ~has).any()):
+                    found.append(n)
+                    break
         return found
 
     def _fixed(self, start: Mark, before: Mapping[fx.Node, Value]) -> list[fx.Node]:

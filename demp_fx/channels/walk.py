@@ -24,6 +24,7 @@ from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
+from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
@@ -74,6 +75,8 @@ class Walk(Layers):
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
         self.chains = Chains(graph, self.env)
+        self.sizes = InputSizes(self.env, self._channels)
+        self.cropped: list[Tensor] = []  # labels of tables of which an input reads a part
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
         self.layers = dict(graph.named_modules(remove_duplicate=False))
@@ -325,10 +328,20 @@ class Walk(Layers):
         source = node.args[0] if node.args else None
         tensor = self.env[source] if isinstance(source, fx.Node) else None
         if isinstance(tensor, Tensor) and (labels := self.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim(), self.given)
+            dims = cropped_dims(node, tensor.dim(), self.sizes.varies)
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)
+                    self.cropped.append(label.reshape(-1))
+
+    def _channels(self, node: fx.Node) -> set[int]:
+        """The dims of what a node has given that are as long for any input: they have channels, and
+        those of no table that was cropped."""
+        dims = set()
+        for label in self.value(self.env[node]).labels:
+            if not any(bool(torch.isin(label, cropped).any()) for cropped in self.cropped):
+                dims |= set(varying(label))
+        return dims
 
 
 def _alike(one: Facts | None, other: Facts | None) -> bool:

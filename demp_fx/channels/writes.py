@@ -44,15 +44,24 @@ class Write:
             return cls(tensor, 0.0)
         return cls(tensor, float(args[1]) if op is aten.fill_.Scalar and not sized else None)
 
-    def label_like(self, label: Tensor, origin: Tensor) -> Tensor | None:
-        """The label of the tensor that has all channels of another one, if there is one. `origin`:
-        for each atom the one that it was before the cuts on its way."""
-        return next((x for x in self.labels if _is_same(x, label, origin)), None)
+    def met(self, label: Tensor, origin: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The label of the tensor that has channels of another one, all or a part of them, and
+        which those are. `origin`: for each atom the one that it was before the cuts on its way."""
+        line = origin[label.reshape(-1)]
+        order = line.argsort()
+        for x in self.labels:
+            own = origin[x.reshape(-1)]
+            if torch.equal(own, line):
+                return x, torch.arange(line.numel())
+            places = order[torch.searchsorted(line, own, sorter=order).clamp(max=line.numel() - 1)]
+            if line.unique().numel() == line.numel() and torch.equal(line[places], own):
+                return x, places
+        return None
 
 
 def carried(labels: Labels, writes: Sequence[Write], origin: Tensor) -> bool:
     """Whether a value that was written into, maybe in part, has the channels that it had."""
-    return all(write.label_like(label, origin) is not None for write in writes for label in labels)
+    return all(write.met(label, origin) is not None for write in writes for label in labels)
 
 
 def _is_same(one: Tensor, other: Tensor, origin: Tensor) -> bool:
@@ -106,14 +115,18 @@ def mixed(
     dim, size = varying(labels[0])[0], labels[0].numel()
     line = facts.along(dim, size)
     for write in writes:
-        label = write.label_like(labels[0], origin)
-        if line is None or label is None or write.facts is None:
+        met = write.met(labels[0], origin)
+        if line is None or met is None or write.facts is None:
             return None
-        new = write.facts.along(varying(label)[0], size)
+        label, places = met
+        if len(varying(label)) != 1:
+            return None
+        new = write.facts.along(varying(label)[0], label.numel())
         if new is None:
             return None
-        same = line.flat & new.flat & (line.values == new.values).all(0)
-        line = Facts.of(same, line.values)
+        known = line.flat.clone()
+        known[places] &= new.flat & (line.values[:, places] == new.values).all(0)
+        line = Facts.of(known, line.values)
     return None if line is None else line.spread(rank, dim)
 
 

@@ -22,7 +22,6 @@ from demp_fx.channels.system import Edge
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
 from demp_fx.passes.folds import foldings, indices
-from demp_fx.passes.input_sizes import InputSizes
 from demp_fx.passes.plan import (
     Frozen,
     Gather,
@@ -62,7 +61,7 @@ class _Planner:
         self._keep(plan)
         sizes = Sizes(
             self.walk.env, self.masks, self.seen, lambda node: self._cached(node)[1], self.merged,
-            InputSizes(self.walk.env, self.channels).varies,
+            self.walk.sizes.varies,
         )  # fmt: skip
         sizes.changed.update(narrower_sizes(self.walk.graph, sizes))
         written: list[Literal] = []
@@ -152,12 +151,6 @@ class _Planner:
         for edge in edges:
             masks[edge.dim] = self.solution.kept(edge.target)
         return {d: mask for d, mask in masks.items() if not bool(mask.all())}
-
-    def channels(self, node: fx.Node) -> set[int]:
-        """Dims that have channels."""
-        value = self.walk.env.get(node)
-        labels = self.walk.value(value).labels if isinstance(value, Tensor) else ()
-        return {d for label in labels for d in varying(label)}
 
     def merged(self, node: fx.Node) -> set[int]:
         """Dims along which the channels repeat themselves."""

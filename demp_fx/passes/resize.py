@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import COUNTS, MADE, MADE_LIKE, called
+from demp_fx.calls import ASKS, COUNTS, MADE, MADE_LIKE, called
 from demp_fx.errors import DempError
 from demp_fx.passes.plan import Literal
 
 Masks = dict[int, Tensor]
-ASKS = {"size", getattr, torch.ops.aten.sym_size.int}  # what asks for sizes
 
 
 class MisfitError(DempError):

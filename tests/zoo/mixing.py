@@ -26,6 +26,37 @@ class ChannelAttention(nn.Module):
         return self.c(x * weights.sigmoid().view(x.shape[0], -1, 1, 1))
 
 
+class Affinities(nn.Module):
+    """Channels attend to channels, by how alike they are; a dead one does, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        dead(self.a, [0, 3, 4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        rows = x.flatten(2)
+        alike = torch.bmm(rows, rows.transpose(1, 2))
+        apart = torch.max(alike, -1, keepdim=True)[0].expand_as(alike) - alike
+        return self.c(torch.bmm(apart.softmax(-1), rows).view_as(x) * 0.5 + x)
+
+
+class Piecewise(nn.Module):
+    """An activation whose slopes and offsets are made of the value, some for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.make, self.c = nn.Conv2d(3, 8, 1), nn.Linear(8, 32), nn.Conv2d(8, 4, 1)
+        dead(self.a, [0, 3, 4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        lines = self.make(x.mean((2, 3))).view(-1, 8, 4)
+        several = x.permute(2, 3, 0, 1).unsqueeze(-1) * lines[..., :2] + lines[..., 2:]
+        return self.c(several.max(-1)[0].permute(2, 3, 0, 1))
+
+
 class Strided(nn.Module):
     """A convolution along the channels gives fewer of them, not all of which are read."""
 
@@ -222,6 +253,10 @@ MIXING: dict[str, Structure] = {
     "the most of a bag": (lambda: Looked("max"), (6,), {"table": (5, 5), "c": (4, 5)}),
     "channel attention": (
         ChannelAttention, (3, 6, 6), {"a": (5, 3, 1, 1), "c": (4, 5, 1, 1), "along": (1, 1, 3)},
+    ),
+    "attention of channels": (Affinities, (3, 6, 6), {"a": (5, 3, 1, 1), "c": (4, 8, 1, 1)}),
+    "lines for each channel": (
+        Piecewise, (3, 6, 6), {"a": (5, 3, 1, 1), "make": (32, 5), "c": (4, 8, 1, 1)},
     ),
     "strided over channels": (Strided, (3,), {"a": (6, 3), "c": (2, 2)}),
     "one tap": (Beside, (4, 6), {"a": (4, 6), "c": (4, 5)}),

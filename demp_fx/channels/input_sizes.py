@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from demp_fx.calls import called
-from demp_fx.passes.resize import ASKS
+from demp_fx.calls import ASKS, called
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ class InputSizes:
             return self._varies_at(source, index)
         if node.target is operator.getitem and isinstance(source, fx.Node) and index is not None:
             return called(source) in ASKS and self._varies_at(source.args[0], index)
-        numbers = (n for n in node.all_input_nodes if not isinstance(self.env.get(n), Tensor))
-        return any(map(self.varies, numbers))
+        return any(  # numbers out of a tensor are anybody's guess
+            isinstance(self.env.get(n), Tensor) or self.varies(n) for n in node.all_input_nodes
+        )
 
     def _varies_at(self, source: Any, dim: int | None) -> bool:
         value = self.env.get(source)
