@@ -16,7 +16,11 @@ aten = torch.ops.aten
 
 
 def memory_of(tensor: Tensor) -> int:
-    """What tells whether tensors share memory; sparse ones have none to share."""
+    """What tells whether tensors share memory; sparse ones have none to share. A twin on meta has
+    that of its original."""
+    twin: int | None = tensor.__dict__.get("memory")
+    if twin is not None:
+        return twin
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
@@ -24,7 +28,8 @@ def memory_of(tensor: Tensor) -> int:
 class Write:
     """What an op wrote into a tensor: one number everywhere, or anything (None).
 
-    `labels`: those of the tensor, if it has them as before: each channel was written into itself.
+    `labels`: those of the tensor, if it has them as before, or was a constant that takes any: each
+    channel was written into itself.
     `finer`: the one that several axes (heads, and channels in each) got instead, to which theirs
     (`coarse`) are tied. `facts`: what is known of the tensor now.
     """
@@ -45,9 +50,9 @@ class Write:
         return cls(tensor, float(args[1]) if op is aten.fill_.Scalar and not sized else None)
 
     def label_like(self, label: Tensor, origin: Tensor) -> Tensor | None:
-        """The label of the tensor that has all channels of another one, if there is one. `origin`:
-        for each atom the one that it was before the cuts on its way."""
-        return next((x for x in self.labels if _is_same(x, label, origin)), None)
+        """The label of the tensor that has channels of another one, if there is one. `origin`: for
+        each atom the one that it was before the cuts on its way."""
+        return next((x for x in self.labels if _is_part(x, label, origin)), None)
 
 
 def carried(labels: Labels, writes: Sequence[Write], origin: Tensor) -> bool:
@@ -57,6 +62,13 @@ def carried(labels: Labels, writes: Sequence[Write], origin: Tensor) -> bool:
 
 def _is_same(one: Tensor, other: Tensor, origin: Tensor) -> bool:
     return torch.equal(origin[one.reshape(-1)], origin[other.reshape(-1)])
+
+
+def _is_part(one: Tensor, other: Tensor, origin: Tensor) -> bool:
+    """Whether all channels of one label are the other's."""
+    if len(varying(one)) != len(varying(other)):
+        return False
+    return bool(torch.isin(origin[one.reshape(-1)], origin[other.reshape(-1)]).all())
 
 
 def refined(value: Labels, writes: Sequence[Write], origin: Tensor) -> Tensor | None:
@@ -109,10 +121,14 @@ def mixed(
         label = write.label_like(labels[0], origin)
         if line is None or label is None or write.facts is None:
             return None
-        new = write.facts.along(varying(label)[0], size)
+        new = write.facts.along(varying(label)[0], label.numel())
         if new is None:
             return None
-        same = line.flat & new.flat & (line.values == new.values).all(0)
+        whole, order = origin[labels[0].reshape(-1)].sort()
+        places = order[torch.searchsorted(whole, origin[label.reshape(-1)])]
+        agree = new.flat & (line.values[:, places] == new.values).all(0)
+        same = line.flat.clone()
+        same[places[~agree]] = False
         line = Facts.of(same, line.values)
     return None if line is None else line.spread(rank, dim)
 
