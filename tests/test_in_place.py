@@ -234,6 +234,27 @@ def test_what_a_cache_held_before_says_nothing(buffer: bool, moves: bool) -> Non
             torch.testing.assert_close(narrow(other), net(other))
 
 
+def test_a_part_that_is_taken_before_has_what_is_added_later() -> None:
+    class Taken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.a.weight[:3], self.a.bias[:3] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            rest = x[:, 1:].transpose(0, 1)
+            x += x.sigmoid()
+            result: Tensor = self.b(rest)
+            return result
+
+    torch.manual_seed(7)
+    net, x = Taken().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    narrow = demp_fx.compile(net, (x,)).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("cuts", ["never", "pays", "always"])
 def test_a_shortcut_reads_what_a_relu_has_left(cuts: str) -> None:
     """It picks its channels behind the branch that begins with the ReLU, not before it."""

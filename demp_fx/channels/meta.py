@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from demp_fx.channels.writes import memory_of
 from demp_fx.errors import UsageError
 
 
@@ -39,6 +40,7 @@ def as_meta(value: Any) -> Any:
         if t.is_meta:
             return t
         blank = torch.empty_like(t, device="meta")
+        t.__dict__["memory"] = memory_of(t)
         blank.__dict__ = t.__dict__  # what is known of one is known of the other
         return blank
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import called
+from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Edge, Mark, Read
@@ -227,6 +228,7 @@ class Places(Stream):
     def _look_again(self, tensor: Any, name: str = "") -> None:
         """The same for a tensor, be it what the node `name` has given or a weight of a layer."""
         if isinstance(tensor, Tensor):
+            catch_up(self, tensor)
             value = self.value(tensor)
             if value.version != self.version(tensor):
                 self._stale(name, tensor, value)

@@ -122,16 +122,22 @@ class Stream(TorchDispatchMode):
             self.reweighted |= storage in self.system.uses
             write = Write.by(func, args, tensor, self.running.sized)
             self.writes[storage] = (*self.writes.get(storage, ()), write)
-            writes.append((write, self.value(tensor).labels))
+            writes.append((write, self.value(tensor)))
         self._meet(call)
-        for write, labels in writes:
-            value = self.value(write.tensor)
-            if len(labels) == len(value.labels) and all(map(same_label, labels, value.labels)):
-                write.labels, write.facts = labels, value.facts
+        for write, before in writes:
+            value, labels = self.value(write.tensor), before.labels
+            new = [x for x in value.labels if not any(same_label(x, y) for y in labels)]
+            stay = len(value.labels) - len(new) == len(labels)
+            if stay and all(self._is_free(x, before) for x in new):
+                write.labels, write.facts = value.labels, value.facts
             elif func is torch.ops.aten.copy_.default:
                 many = [x for x in value.labels if len(varying(x)) > 1]
                 if len(many) == 1 and all(len(varying(x)) == 1 for x in labels):
                     write.finer, write.coarse, write.facts = many[0], labels, value.facts
+
+    def _is_free(self, label: Tensor, before: Value) -> bool:
+        """Whether a value can have taken a label: as a constant, or as one whose channels stay."""
+        return set(varying(label)) <= before.blank or self.system.is_fixed(label)
 
     def _dry(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Where only shapes are wanted: count multiplications, and see that indices are there."""
@@ -174,7 +180,7 @@ class Stream(TorchDispatchMode):
         """Apply the rule of a call if anything is known of what goes into it, or nothing does."""
         values = [self.value(tensor) for tensor in call.tensors]
         makes = not values or call.op._schema.name.startswith(NEW)
-        if makes or any(v.labels or v.known is not None or v.vector for v in values):
+        if makes or any(v.labels or v.known is not None or v.vector or v.blank for v in values):
             self._apply(call, values)
         shares = shares_of(call, values[0], self.running) if values else None
         if shares is not None:
@@ -305,15 +311,6 @@ class Stream(TorchDispatchMode):
     def relabel(self, tensor: Tensor, labels: Labels) -> None:
         """Give a tensor labels that say the same as those it had."""
         tensor.__dict__["demp"] = replace(self.value(tensor), labels=labels)
-
-    def adopt(self, tensor: Tensor, *labels: Tensor) -> None:
-        """Give labels to what may have as many channels as it meets, and to what that was made of,
-        number by number."""
-        origin: Tensor | None = tensor
-        while origin is not None:
-            value = self.value(origin)
-            self.relabel(origin, (*value.labels, *labels))
-            origin = value.image_of
 
     def rows(self, blocks: Tensor) -> Tensor:
         """A fresh atom for each distinct row of atoms (N, k): whether that block is there."""

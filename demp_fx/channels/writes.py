@@ -16,7 +16,11 @@ aten = torch.ops.aten
 
 
 def memory_of(tensor: Tensor) -> int:
-    """What tells whether tensors share memory; sparse ones have none to share."""
+    """What tells whether tensors share memory; sparse ones have none to share. A twin on meta has
+    that of its original."""
+    twin: int | None = tensor.__dict__.get("memory")
+    if twin is not None:
+        return twin
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
@@ -24,9 +28,10 @@ def memory_of(tensor: Tensor) -> int:
 class Write:
     """What an op wrote into a tensor: one number everywhere, or anything (None).
 
-    `labels`: those of the tensor, if it has them as before: each channel was written into itself.
-    `finer`: the one that several axes (heads, and channels in each) got instead, to which theirs
-    (`coarse`) are tied. `facts`: what is known of the tensor now.
+    `labels`: those of the tensor, if it has them as before, or was a constant that takes any: each
+    channel was written into itself. `finer`: the one that several axes (heads, and channels in
+    each) got instead, to which theirs (`coarse`) are tied. `facts`: what is known of the tensor
+    now.
     """
 
     tensor: Tensor

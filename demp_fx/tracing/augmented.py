@@ -73,12 +73,22 @@ def _is_seen(node: fx.Node, places: dict[fx.Node, int], noted: set[fx.Node]) -> 
     gives has the memory of what it was given."""
     held: Any = node.args[0]
     while isinstance(held, fx.Node):
-        if any(places[u] > places[node] and not _asks_sizes(u) for u in held.users):
+        if _is_read(held, places[node], places):
             return True
         if not is_view(held) and held not in noted:
             return False
         held = held.args[0]
         if isinstance(held, fx.Node) and held.op == "get_attr":  # the next call reads it
+            return True
+    return False
+
+
+def _is_read(node: fx.Node, after: int, places: dict[fx.Node, int]) -> bool:
+    """Whether what a node gives, or a part of it that was taken before, is read after a place."""
+    for user in node.users:
+        if places[user] > after and not _asks_sizes(user):
+            return True
+        if places[user] < after and is_view(user) and _is_read(user, after, places):
             return True
     return False
 

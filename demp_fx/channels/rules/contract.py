@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blanks import adopt
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.labels import along, moved, varying
 from demp_fx.channels.rules.cells import told_apart
@@ -95,7 +96,7 @@ def _adopt(walk: Stream, a: Operand, b: Operand, letter: str) -> None:
     those of the weight that reads it."""
     value, d, channels = walk.value(a.tensor), a.dim(letter), b.single(walk, letter)
     if channels is not None and d in value.blank and not a.labels(walk, letter):
-        walk.adopt(a.tensor, along(channels, a.tensor.dim(), d))
+        adopt(walk, a.tensor, along(channels, a.tensor.dim(), d))
 
 
 def _kept(walk: Stream, call: Call, a: Operand, b: Operand, place: dict[str, int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blanks import adopt
 from demp_fx.channels.blocks import repeats_along
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
@@ -111,7 +112,7 @@ def depthwise(walk: Stream, call: Call) -> None:
     source = Operand(x, "bi").single(walk, "i")
     if filters is None and source is not None and 0 in walk.value(weight).blank:
         filters = source.repeat_interleave(times)  # the same kernel for as many as there are
-        walk.adopt(weight, along(filters, weight.dim(), 0))
+        adopt(walk, weight, along(filters, weight.dim(), 0))
     if filters is None:
         for label in walk.value(x).labels:
             walk.pin(call, label, "is convolved with weights that are no parameter")

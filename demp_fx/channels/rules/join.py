@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blanks import adopt
 from demp_fx.channels.blocks import rows_of
 from demp_fx.channels.facts import Facts, joined, same_place, unknown
 from demp_fx.channels.labels import along, beside, varying
@@ -54,7 +55,7 @@ def _adopt(walk: Stream, tensors: list[Tensor], dim: int) -> None:
         bare = not any(dim in varying(label) for label in value.labels)
         if bare and dim in value.blank and t.size(dim) > 1:
             atoms = walk.system.fresh(f"{walk.site.node}.joined", -1, t.size(dim)).atoms
-            walk.adopt(t, along(atoms, t.dim(), dim))
+            adopt(walk, t, along(atoms, t.dim(), dim))
 
 
 def stack(walk: Stream, call: Call) -> None:

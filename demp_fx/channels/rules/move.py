@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blanks import stays_blank
 from demp_fx.channels.blocks import nested, without_repeats
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import compress, repeats, reshaped, varying
@@ -91,6 +92,8 @@ def move(walk: Stream, call: Call) -> None:
         if name in RESHAPES and not (value.table or value.data is not None):
             found = merged(walk, call, found)
         walk.give(out, found, facts[k] if facts else None, real[k], moved=True)
+    if value.blank and call.op.is_view:
+        stays_blank(walk, tensor, call.outputs, apply)
 
 
 def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
@@ -166,6 +169,7 @@ def expand(walk: Stream, call: Call) -> None:
     x, out = call.args[0], call.outputs[0]
     if walk.running.follows:
         lead = out.dim() - x.dim()
+        walk.value(out).image_of = None
         walk.value(out).blank = frozenset(
             d for d, n in enumerate(out.shape) if n > 1 and (d < lead or x.size(d - lead) == 1)
         )

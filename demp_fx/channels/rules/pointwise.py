@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blanks import adopt, adopts, stays_blank
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
@@ -54,7 +55,7 @@ def _stays_blank(walk: Stream, call: Call, out: Tensor) -> None:
     """An image of what holds the same along an axis does so, too."""
     x = call.tensors[0]
     if len(call.tensors) == 1 and x is not out and walk.value(x).blank:
-        walk.value(out).blank, walk.value(out).image_of = walk.value(x).blank, x
+        stays_blank(walk, x, [out], lambda t: [t])
 
 
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
@@ -117,8 +118,9 @@ def _adopted(walk: Stream, call: Call, rank: int) -> None:
         own = {d for label in value.labels for d in varying(label)}
         flat = {d + lead for d in value.blank - own if tensor.size(d) > 1}
         new = [x.reshape(x.shape[lead:]) for key, x in found.items() if key and set(key) <= flat]
+        new = [x for x in new if adopts(walk, tensor, x)]
         if new and len({d for x in new for d in varying(x)}) == sum(len(varying(x)) for x in new):
-            walk.adopt(tensor, *new)
+            adopt(walk, tensor, *new)
 
 
 def _aligned(label: Tensor, rank: int) -> Tensor:

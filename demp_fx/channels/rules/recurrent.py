@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demp_fx.channels.blanks import adopt
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import along, same_label, varying
@@ -149,7 +150,7 @@ def _begin(walk: Stream, call: Call, start: Tensor, label: Tensor) -> None:
     value = walk.value(start)
     dims = set(varying(label))
     if not value.labels and dims <= value.blank:
-        walk.adopt(start, *((label,) if dims else ()))
+        adopt(walk, start, *((label,) if dims else ()))
         return
     if len(value.labels) == 1 and value.labels[0].shape == label.shape:
         if not same_label(value.labels[0], label):
