@@ -74,8 +74,8 @@ def catch_up(walk: Stream, tensor: Tensor) -> None:
     catch_up(walk, whole)
     places = {there: d for d, (there, _) in value.parts.items()}
     for label in walk.value(whole).labels:
-        if not set(varying(label)) <= walk.value(whole).blank:
-            continue  # it had that before, which was moved along
+        if any(same_label(label, before) for before in value.had):
+            continue
         dims = sorted(places[there] for there in varying(label) if there in places)
         if len(dims) < len(varying(label)):
             walk.system.pin(label, "a part of it is taken before it has channels", walk.site)
@@ -102,6 +102,7 @@ def stays_blank(
     labelled = {d for label in value.labels for d in varying(label)}
     for out in outputs:
         walk.value(out).image_of, walk.value(out).parts = x, {}
+        walk.value(out).had = value.labels
     for d in value.blank - labelled:
         if x.size(d) == 1:
             continue
