@@ -75,9 +75,9 @@ def catch_up(walk: Stream, tensor: Tensor) -> None:
     places = {there: d for d, (there, _) in value.parts.items()}
     for label in walk.value(whole).labels:
         dims = sorted(places[there] for there in varying(label) if there in places)
-        if len(dims) < len(varying(label)):
+        if value.lost & set(varying(label)):
             walk.system.pin(label, "a part of it is taken before it has channels", walk.site)
-        elif _of(walk, tensor, *dims) is None:
+        elif len(dims) == len(varying(label)) and _of(walk, tensor, *dims) is None:
             part = moved(label, places, tensor.dim())
             assert part is not None
             for d in dims:
@@ -110,4 +110,6 @@ def stays_blank(
             if len(varying(line)) == 1:
                 walk.value(out).parts[varying(line)[0]] = d, line.reshape(-1)
     for out in outputs:
-        walk.value(out).blank = frozenset(walk.value(out).parts)
+        parts = walk.value(out).parts
+        walk.value(out).blank = frozenset(parts)
+        walk.value(out).lost = value.blank - labelled - {there for there, _ in parts.values()}
