@@ -66,6 +66,17 @@ def _by_whole(walk: Stream, tensor: Tensor, label: Tensor) -> Tensor:
     return part
 
 
+def origin(walk: Stream, x: Tensor) -> Tensor | None:
+    """What a tensor is an image of, or an image of images, all of them as they were laid out."""
+    while (whole := walk.value(x).image_of) is not None:
+        if any(there != d for d, (there, _) in walk.value(x).parts.items()):
+            return None
+        if whole.shape != x.shape or walk.value(x).lost:
+            return None
+        x = whole
+    return x
+
+
 def catch_up(walk: Stream, tensor: Tensor) -> None:
     """Give an image or a part the channels that its whole has adopted since."""
     value = walk.value(tensor)

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from demp_fx.calls import called
+from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
@@ -255,7 +256,11 @@ class Walk(Layers):
             self.system.blocks.append(Blocks(atoms, self.site))
 
     def _settle(self) -> None:
-        """Chains that are used on their way: their blocks stay equal."""
+        """What images and parts of constants have got since; and chains that are used on their way:
+        their blocks stay equal."""
+        for tensor in self.env.values():
+            if isinstance(tensor, Tensor):
+                catch_up(self, tensor)
         for node, broken in self.chains.settle(lambda user: called(user) in SIZES):
             self.site = Site(str(node.op), node.name, node.meta.get("source"))
             for label in broken:
