@@ -9,11 +9,12 @@ from torch import fx
 
 aten = torch.ops.aten
 # From the first argument on, and behind the tensor that they are made like.
-MADE: set[Any] = {torch.zeros, torch.ones, torch.full,
-                  aten.zeros.default, aten.ones.default, aten.full.default}  # fmt: skip
-MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", aten.expand.default,
-                       aten.new_zeros.default, aten.new_ones.default,
-                       aten.new_full.default}  # fmt: skip
+MADE: set[Any] = {torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, torch.randn,
+                  aten.zeros.default, aten.ones.default, aten.full.default,
+                  aten.empty.memory_format, aten.rand.default, aten.randn.default}  # fmt: skip
+MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", "new_empty",
+                       aten.expand.default, aten.new_zeros.default, aten.new_ones.default,
+                       aten.new_full.default, aten.new_empty.default}  # fmt: skip
 
 ASKS: set[Any] = {"size", getattr, aten.sym_size.int}  # what asks for sizes
 # What asks for the product of all sizes, of a tensor or of a list of them.

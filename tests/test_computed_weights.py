@@ -357,3 +357,70 @@ def test_a_parameter_is_not_replaced_by_its_numbers() -> None:
     assert gamma.shape == (6,)
     assert gamma.grad is not None
     assert bool((gamma.grad != 0).all())
+
+
+def _halved(layer: nn.Conv1d, norm: nn.BatchNorm1d) -> None:
+    """Half of the channels of two layers made dead, other ones in each quarter."""
+    with torch.no_grad():
+        dead = [0, 1, 2, 5, 8, 10, 14, 15]
+        layer.weight[dead], layer.bias[dead] = 0, 0
+        norm.weight[dead], norm.bias[dead] = 0, 0
+
+
+def _quaternion(p: nn.ParameterList) -> Tensor:
+    r, i, j, k = p[0].unbind()
+    rows = ([r, -i, -j, -k], [i, r, -k, j], [j, k, r, -i], [k, -j, i, r])
+    return torch.cat([torch.cat(row, 1) for row in rows])
+
+
+def _kronecker(p: nn.ParameterList) -> Tensor:
+    return torch.kron(p[0][0], p[1][0]) + torch.kron(p[0][1], p[1][1])
+
+
+def _train(p: nn.ParameterList) -> Tensor:
+    return torch.einsum("oir,rpj->opij", p[0], p[1]).reshape(16, 16)
+
+
+def _rotated(p: nn.ParameterList) -> Tensor:
+    parts = [torch.rot90(p[0], turns, (2, 3)) for turns in range(4)]
+    return torch.stack(parts, 1).view(16, 16, 9)
+
+
+def _orthogonal(p: nn.ParameterList) -> Tensor:
+    return torch.linalg.matrix_exp(p[0] - p[0].T)
+
+
+JOINED: dict[str, tuple[Callable[[nn.ParameterList], Tensor], list[tuple[int, ...]]]] = {
+    "quaternion": (_quaternion, [(4, 4, 4)]),
+    "kronecker": (_kronecker, [(2, 4, 4), (2, 4, 4)]),
+    "tensor train": (_train, [(4, 4, 4), (4, 4, 4)]),
+    "rotated": (_rotated, [(4, 16, 3, 3)]),
+    "orthogonal": (_orthogonal, [(16, 16)]),
+}
+
+
+@pytest.mark.parametrize("way", JOINED)
+def test_a_weight_of_parts_that_stay_loses_channels_behind_what_computes_it(way: str) -> None:
+    """Parts that stand in several places of a weight cannot go from one of them."""
+    compute, shapes = JOINED[way]
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = compute(self.parts)
+            weight = weight.unsqueeze(2) if weight.dim() == 2 else weight
+            return F.conv1d(x, weight, padding=weight.size(2) // 2)
+
+    torch.manual_seed(3)
+    stem, norm, head = nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.Conv1d(16, 2, 1)
+    net = nn.Sequential(stem, Layer(), norm, nn.ReLU(), head).double()
+    _halved(stem, norm)
+    x = torch.randn(3, 3, 12).double()
+    narrow = demp_fx.compile(net.eval(), x[:1], cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").size(0) == 8
+    assert narrow.get_parameter("4.weight").size(1) == 8

@@ -53,6 +53,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled_by_width": lambda x: x * x.shape[-1] ** -0.5,
     "scaled_by_size": lambda x: x / x.size(-1),
     "scaled_by_both": lambda x: x * x.shape[0] * (x.shape[2] + 1),
+    "constants": lambda x: torch.einsum("bnc,c->bnc", x, torch.ones(8, dtype=x.dtype)),
     "padded_space": lambda x: F.pad(x, (0, 0, 1, 1)),
 }
 
@@ -69,7 +70,7 @@ def test_sizes_follow_and_numbers_stay(name: str) -> None:
 
 def test_a_size_that_the_code_insists_on_keeps_the_channels() -> None:
     def check(x: Tensor) -> Tensor:
-        return torch.einsum("bnc,c->bnc", x, torch.ones(8, dtype=x.dtype))
+        return torch.einsum("bnc,c->bnc", x, torch.linspace(1, 2, 8, dtype=x.dtype))
 
     model = Sized(check)
     result = demp_fx.compile(model, torch.randn(4, 4, 5).double())

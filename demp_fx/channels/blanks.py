@@ -66,6 +66,17 @@ def _by_whole(walk: Stream, tensor: Tensor, label: Tensor) -> Tensor:
     return part
 
 
+def origin(walk: Stream, x: Tensor) -> Tensor | None:
+    """What a tensor is an image of, or an image of images, all of them as they were laid out."""
+    while (whole := walk.value(x).image_of) is not None:
+        if any(there != d for d, (there, _) in walk.value(x).parts.items()):
+            return None
+        if whole.shape != x.shape or walk.value(x).lost:
+            return None
+        x = whole
+    return x
+
+
 def catch_up(walk: Stream, tensor: Tensor) -> None:
     """Give an image or a part the channels that its whole has adopted since."""
     value = walk.value(tensor)
@@ -74,12 +85,10 @@ def catch_up(walk: Stream, tensor: Tensor) -> None:
     catch_up(walk, whole)
     places = {there: d for d, (there, _) in value.parts.items()}
     for label in walk.value(whole).labels:
-        if any(same_label(label, before) for before in value.had):
-            continue
         dims = sorted(places[there] for there in varying(label) if there in places)
-        if len(dims) < len(varying(label)):
+        if value.lost & set(varying(label)):
             walk.system.pin(label, "a part of it is taken before it has channels", walk.site)
-        elif _of(walk, tensor, *dims) is None:
+        elif len(dims) == len(varying(label)) and _of(walk, tensor, *dims) is None:
             part = moved(label, places, tensor.dim())
             assert part is not None
             for d in dims:
@@ -102,7 +111,6 @@ def stays_blank(
     labelled = {d for label in value.labels for d in varying(label)}
     for out in outputs:
         walk.value(out).image_of, walk.value(out).parts = x, {}
-        walk.value(out).had = value.labels
     for d in value.blank - labelled:
         if x.size(d) == 1:
             continue
@@ -113,4 +121,6 @@ def stays_blank(
             if len(varying(line)) == 1:
                 walk.value(out).parts[varying(line)[0]] = d, line.reshape(-1)
     for out in outputs:
-        walk.value(out).blank = frozenset(walk.value(out).parts)
+        parts = walk.value(out).parts
+        walk.value(out).blank = frozenset(parts)
+        walk.value(out).lost = value.blank - labelled - {there for there, _ in parts.values()}

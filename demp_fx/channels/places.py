@@ -18,7 +18,7 @@ from demp_fx.calls import called
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Edge, Mark, Read
+from demp_fx.channels.system import Edge, Mark, Read, Site
 from demp_fx.channels.value import Value
 from demp_fx.channels.writes import carried, filled, known_of, memory_of, mixed, refined
 from demp_fx.shapes import Shape
@@ -34,7 +34,8 @@ class Places(Stream):
     """A stream of ATen ops under the nodes of a graph: `env` holds what each has given.
 
     `given`: nodes that depend on the network's inputs; `made`: those that are computed of
-    parameters alone, such as a standardised weight; `exits`: nodes behind which blocks end.
+    parameters alone, such as a standardised weight; `joined`: those of them that hold several side
+    by side; `exits`: nodes behind which blocks end.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Places(Stream):
         self.exits: set[fx.Node] = set()
         self.given: set[fx.Node] = set()
         self.made: set[fx.Node] = set()
+        self.joined: set[fx.Node] = set()
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
@@ -60,22 +62,44 @@ class Places(Stream):
         tensor = self.env[n]
         if not isinstance(tensor, Tensor) or n.op == "get_attr" or called(user) in SIZES:
             return tensor
+        if user in self.made:
+            return tensor
         value = self.value(tensor)
         if not value.labels or value.version != self.version(tensor):
-            return tensor
-        if user in self.made:
             return tensor
         if self._is_sum(user):
             return self._cut(n, user, tensor, value, "sum", fixed)
         readers = sum(1 for reader in n.users if called(reader) not in SIZES)
         if n in self.made:
-            only = self._pinned(value) if readers == 1 else value.labels
-            return self._cut(n, user, tensor, value, "gather", only=only)
+            only = value.labels
+            if readers == 1 and n not in self.joined and not fixed:
+                only = self._pinned(value)
+            return self._cut(n, user, tensor, value, "gather", fixed, only)
         if spread:
             return self._cut(n, user, tensor, value, "spread", fixed)
         if readers > 1 or n in self.exits or self._smaller(tensor, value):
             return self._cut(n, user, tensor, value, "gather")
         return tensor
+
+    def _label(self, n: fx.Node, merge: bool = False) -> None:
+        """A weight that is computed in a way that nobody follows has channels all the same, which
+        it must keep, and which its readers may do without. So, with `merge`, have axes on which
+        there are several."""
+        tensor = self.env[n]
+        value = self.value(tensor)
+        if value.data is not None or value.blank or not _holds_numbers(tensor):
+            return
+        labels, site = list(value.labels), Site(str(n.op), n.name, n.meta.get("source"))
+        for d, size in enumerate(tensor.shape):
+            there = [x for x in labels if d in varying(x)]
+            mixed = [x for x in there if varying(x) == (d,)] if merge else []
+            if size > 1 and (not there or len(mixed) > 1):
+                atoms = self.system.fresh(n.name, -1, size).atoms
+                for x in (*mixed, atoms):
+                    self.system.pin(x, "is computed of all of its channels", site)
+                labels = [x for x in labels if all(x is not y for y in mixed)]
+                labels.append(along(atoms, tensor.dim(), d))
+        self.relabel(tensor, tuple(labels))
 
     def _smaller(self, tensor: Tensor, value: Value) -> bool:
         """Whether a channel holds fewer numbers here than where the graph was last cut."""
@@ -121,6 +145,7 @@ class Places(Stream):
         alias.__dict__["demp"] = Value(
             tuple(labels), value.facts, None, value.version,
             shares=value.shares, table=value.table,
+            never_negative=value.never_negative, positive=value.positive,
         )  # fmt: skip
         return alias
 
@@ -154,20 +179,23 @@ class Places(Stream):
         """Inputs whose channels repeat themselves along an axis, each index of which the node ties
         to a channel of its own: whatever they are merged with is then as long for any input.
 
-        A layer that reads what another one makes stays in its group, as after any flattening.
+        A layer that reads what another one makes stays in its group, as after any flattening. And
+        computed weights with several channels on one axis, which the node does not tell apart.
         """
         sames = self.system.sames[start[0] :]
+        pins = [pin.atoms for pin in self.system.pins[start[1] :]]
+        mixed = [n for n, v in before.items() if n in self.made and _is_mixed(v.labels, pins)]
         if not (self.merged and sames):
-            return []
+            return mixed
         reads = any(isinstance(s, Read) for s in self.system.since(start))
         repeating = {
             label.data_ptr(): n
             for n, value in before.items()
             for label in value.labels
             if n.op != "get_attr" and len(varying(label)) == 1 and repeats(label)
-            if not (reads and self._is_a_parameters(label))
+            if n in self.made or not (reads and self._is_a_parameters(label))
         }
-        return [
+        return mixed + [
             repeating[a.data_ptr()]
             for same in sames if repeating
             for a, b in ((same.a, same.b), (same.b, same.a))
@@ -274,6 +302,20 @@ class Places(Stream):
             value.labels = (finer,)
         if fills or holds:
             value.version = self.version(tensor)
+
+
+def _is_mixed(labels: Labels, pins: list[Tensor]) -> bool:
+    """Whether there is a dim with several labels, all of them pinned."""
+    dims = [varying(x) for x in labels]
+    several = [d for d in set(dims) if dims.count(d) > 1]
+    return any(
+        all(torch.isin(x, torch.cat(pins)).all() for x in labels if varying(x) == d)
+        for d in several if pins
+    )  # fmt: skip
+
+
+def _holds_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:

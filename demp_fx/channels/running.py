@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ class Running:
     def counted(self) -> bool:
         """Whether zeros may leave an average that it takes over channels."""
         return takes_average(self.node, self.layers)
+
+    @cached_property
+    def values_alone(self) -> bool:
+        """Whether of a result of values and indices, as `max` along a dim has, nobody asks for the
+        indices."""
+        return all(
+            (user.target is operator.getitem and user.args[1] == 0)
+            or (user.target is getattr and user.args[1] == "values")
+            for user in self.node.users
+        )
 
     @cached_property
     def masked(self) -> bool:

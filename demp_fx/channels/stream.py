@@ -78,7 +78,8 @@ class Stream(TorchDispatchMode):
         self.shaped: list[Tensor] = []  # labels that have become blocks,
         self.sliced: set[str] = set()  # nodes that take a part of an axis,
         self.splits = False  # whether an axis was split into blocks,
-        self.opens = False  # and whether its channels go in with blocks, or come out of them
+        self.opens = False  # and whether its channels go in with blocks, or come out of them,
+        self.joins = False  # or are those of several values, which lie side by side
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -25,8 +25,8 @@ class Value:
     `shares`: the dim along which it sums to one. `blank`: dims along which it holds the same, as
     often as the sizes want that it is given; `image_of`: what has such dims, too, and is what it is
     an image or a part of; `parts`: which dim of that each of its own comes from, and from which
-    places on it; `had`: the labels that it had then. `table`: it is computed from parameters and
-    buffers alone. `never_negative`: no element ever is, `positive`: all are above zero;
+    places on it; `lost`: those of that which it has not got. `table`: it is computed of parameters
+    and buffers alone. `never_negative`: no element ever is, `positive`: all are above zero;
     `never_positive`: those that never are, a mask that broadcasts.
     """
 
@@ -40,7 +40,7 @@ class Value:
     blank: frozenset[int] = frozenset()
     image_of: Tensor | None = None
     parts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
-    had: Labels = ()
+    lost: frozenset[int] = frozenset()
     table: bool = False
     never_negative: bool = False
     positive: bool = False

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from demp_fx.calls import called
+from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
@@ -177,6 +178,9 @@ class Walk(Layers):
         if self.reweighted and node.op == "call_module":
             for weight in self.layers[str(node.target)].parameters():
                 self._look_again(weight)
+        for n in sources if node not in self.made else ():
+            if n in self.made:
+                self._label(n)
         start, writes = self.system.mark(), dict(self.writes)
         entered = {n: self._enter(n, node) for n in node.all_input_nodes}
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
@@ -190,6 +194,8 @@ class Walk(Layers):
             self.writes = writes
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
+            for n in fixed & self.made:
+                self._label(n, merge=True)
             entered = {n: self._enter(n, node, n in again, n in fixed)
                        for n in node.all_input_nodes}  # fmt: skip
             out = self._call(node, entered)
@@ -197,6 +203,8 @@ class Walk(Layers):
         of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
         if self.opens or of_parts:
             self.exits.add(node)
+        if node in self.made and (self.joins or any(n in self.joined for n in sources)):
+            self.joined.add(node)
         if node not in self.given:
             for t in tensors_of(out):
                 self.value(t).table = True
@@ -230,9 +238,11 @@ class Walk(Layers):
             source, unfit = inputs[0], tuple(label for label, _ in self.unfit)
             flat = is_flat(self._labels(source))
             if source in self.chains.open or (flat and (self.splits or self.unfit)):
-                if not self.chains.extend(node, source, self._labels(node), unfit):
+                if self.chains.extend(node, source, self._labels(node), unfit):
+                    return
+                if source in self.chains.open or self.splits:
                     self._pin(self.env[node], "its channels are rearranged with another axis")
-                return
+                    return
         for label, reason in self.unfit:
             self.system.pin(label, reason, self.site)
         for label in self.shaped:
@@ -249,7 +259,11 @@ class Walk(Layers):
             self.system.blocks.append(Blocks(atoms, self.site))
 
     def _settle(self) -> None:
-        """Chains that are used on their way: their blocks stay equal."""
+        """What images and parts of constants have got since; and chains that are used on their way:
+        their blocks stay equal."""
+        for tensor in self.env.values():
+            if isinstance(tensor, Tensor):
+                catch_up(self, tensor)
         for node, broken in self.chains.settle(lambda user: called(user) in SIZES):
             self.site = Site(str(node.op), node.name, node.meta.get("source"))
             for label in broken:
@@ -266,7 +280,7 @@ class Walk(Layers):
         )
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
-        self.splits = self.opens = False
+        self.splits = self.opens = self.joins = False
         if isinstance(node.target, Apply):
             return self.function(node.target, args, kwargs)
         layer = self.layers.get(str(node.target)) if node.op == "call_module" else None

@@ -74,6 +74,13 @@ ZERO_STAYS: dict[str, Op] = {
     "divided_by_a_norm": lambda x: x / x.norm(dim=1, keepdim=True),
     "divided_in_place": lambda x: x.clone().div_(x.square().sum(1, keepdim=True).sqrt()),
     "divided_by_the_largest": lambda x: x / (x.abs().amax(1, keepdim=True) + 1e-6),
+    "divided_by_the_largest_value": lambda x: (
+        x / x.abs().max(1, keepdim=True).values.clamp(min=0.1)
+    ),
+    "quantised": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 3, -128, 127),
+    "quantised_by_channels": lambda x: torch.fake_quantize_per_channel_affine(
+        x, torch.linspace(0.1, 0.2, 8), torch.arange(8, dtype=torch.int32), 1, -128, 127
+    ),
     "normalized": lambda x: F.normalize(x, dim=1),
     "divided_by_a_norm_and_more": lambda x: x / (x.norm(dim=1, keepdim=True) + 1e-4),
     "divided_by_a_root": lambda x: x / x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-4),

@@ -20,7 +20,10 @@ from demp_fx.channels.value import Call
 Dims = Callable[[Call, int], list[int]]
 
 # What zeros do not change, wherever they stand: they need not be there.
-INERT = {"aten::sum", "aten::cumsum", "aten::norm", "aten::linalg_vector_norm"}
+INERT = {"aten::sum", "aten::cumsum", "aten::norm", "aten::linalg_vector_norm",
+         "aten::_cdist_forward", "aten::_euclidean_dist", "aten::cdist"}  # fmt: skip
+# What they do not change where nothing is negative.
+INERT_BELOW = {"aten::amax", "aten::max"}
 
 
 def trailing(count: int) -> Dims:
@@ -84,6 +87,8 @@ def _inert(walk: Stream, call: Call) -> bool:
     name, orders = call.op._schema.name, (call.arg("ord"), call.arg("p"))
     if any(isinstance(order, (int, float)) and order < 0 for order in orders):
         return False  # a norm of numbers to a negative power
+    if name in INERT_BELOW and walk.value(call.tensors[0]).never_negative:
+        return len(call.outputs) == 1 or walk.running.values_alone
     if walk.zeros_matter is not None:
         return not walk.zeros_matter and name in {*INERT, "aten::mean"}
     return name in INERT or (name == "aten::mean" and walk.running.counted)

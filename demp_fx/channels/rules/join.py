@@ -39,6 +39,7 @@ def cat(walk: Stream, call: Call) -> None:
             if p.numel() == 1:
                 walk.pin(call, full[0], "is joined with channels that no parameter makes")
             else:
+                walk.joins = True
                 walk.system.same(full[0], p, call.site)
         labels.append(full[0])
     known = [walk.value(t).facts for t in tensors] if walk.with_facts else []

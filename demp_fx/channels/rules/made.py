@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blanks import stays_blank
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -15,21 +18,27 @@ LIKE = {"aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::full_l
         "aten::bernoulli.p", "aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_",
         "aten::exponential_", "aten::log_normal_", "aten::cauchy_", "aten::geometric_",
         "aten::random_"}  # fmt: skip
-FILLS = {"aten::zeros", "aten::ones", "aten::full",
-         "aten::new_zeros", "aten::new_ones", "aten::new_full"}  # fmt: skip
+# Results of a shape that code has worked out. (Random numbers are as good in any other number.)
+FILLS = {"aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::rand", "aten::randn",
+         "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty"}  # fmt: skip
 NUMBERS = {"zeros": 0.0, "zero_": 0.0, "ones": 1.0}
 GIVEN = {"scalar_tensor": "s", "fill_": "value"}  # as "fill_value" by all others
 
 
 def like(walk: Stream, call: Call) -> None:
     """The result has the operand's channels and numbers of its own."""
-    out = call.outputs[0]
-    walk.give(out, walk.value(call.tensors[0]).labels, _one_number(walk, call, out))
+    x, out = call.tensors[0], call.outputs[0]
+    before, known = walk.value(x), _one_number(walk, call, out)
+    walk.give(out, before.labels, known)
+    if before.blank and out is x:
+        x.__dict__["demp"] = replace(before, known=known, version=walk.version(x))
+    elif before.blank:
+        stays_blank(walk, x, [out], lambda t: [t])
 
 
 def fill(walk: Stream, call: Call) -> None:
-    """One number everywhere, in a shape that code has worked out: it has no channels yet, and if
-    that shape follows others it can have those that it meets."""
+    """One number everywhere, or random ones, in a shape that code has worked out: it has no
+    channels yet, and if that shape follows others it can have those that it meets."""
     out = call.outputs[0]
     walk.give(out, (), _one_number(walk, call, out) if walk.running.follows else None)
     if walk.running.follows:

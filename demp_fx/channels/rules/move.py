@@ -89,7 +89,7 @@ def move(walk: Stream, call: Call) -> None:
             if not fitting:
                 walk.unfit.append((before, f"{name} rearranges channels"))
         found = tuple(labels)
-        if name in RESHAPES and not (value.table or value.data is not None):
+        if name in RESHAPES and not value.table and walk.running.node in walk.running.given:
             found = merged(walk, call, found)
         walk.give(out, found, facts[k] if facts else None, real[k], moved=True)
     if value.blank and call.op.is_view:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.blanks import adopt, adopts, stays_blank
+from demp_fx.channels.blanks import adopt, adopts, origin, stays_blank
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, same_place
 from demp_fx.channels.labels import Labels, varying
@@ -52,10 +52,12 @@ def pointwise(walk: Stream, call: Call) -> None:
 
 
 def _stays_blank(walk: Stream, call: Call, out: Tensor) -> None:
-    """An image of what holds the same along an axis does so, too."""
+    """An image of what holds the same along an axis does so, too, of any number of its images."""
     x = call.tensors[0]
-    if len(call.tensors) == 1 and x is not out and walk.value(x).blank:
-        stays_blank(walk, x, [out], lambda t: [t])
+    if x is not out and walk.value(x).blank:
+        whole = origin(walk, x)
+        if all(t is x or (whole is not None and origin(walk, t) is whole) for t in call.tensors):
+            stays_blank(walk, x, [out], lambda t: [t])
 
 
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
