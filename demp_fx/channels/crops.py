@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from demp_fx.calls import called
+from demp_fx.channels.input_sizes import InputSizes
+from demp_fx.channels.labels import varying
+from demp_fx.channels.stream import Stream
 
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The crops of a walk. `env`: what each of its nodes has given."""
+
+    walk: Stream
+    env: Mapping[fx.Node, Any]
+    _labels: list[Tensor] = field(default_factory=list)  # of the tables
+
+    @functools.cached_property
+    def sizes(self) -> InputSizes:
+        """Which numbers are worked out of sizes of the input."""
+        return InputSizes(self.env, self._channels)
+
+    def pin(self, node: fx.Node) -> None:
+        """What the example reads of a table that is cropped at a size is not all that is read."""
+        source = node.args[0] if node.args else None
+        tensor = self.env[source] if isinstance(source, fx.Node) else None
+        if isinstance(tensor, Tensor) and (labels := self.walk.value(tensor).labels):
+            dims = cropped_dims(node, tensor.dim(), self.sizes.varies)
+            for label in labels if dims else ():
+                if dims & set(varying(label)):
+                    system, site = self.walk.system, self.walk.site
+                    system.pin(label, "is cropped at a size of the input", site)
+                    self._labels.append(label.reshape(-1))
+
+    def _channels(self, node: fx.Node) -> set[int]:
+        """The dims of what a node has given that are as long for any input: they have channels, and
+        those of no table."""
+        dims = set()
+        for label in self.walk.value(self.env[node]).labels:
+            if not any(bool(torch.isin(label, table).any()) for table in self._labels):
+                dims |= set(varying(label))
+        return dims
 
 
 def cropped_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:

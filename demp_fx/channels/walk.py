@@ -22,11 +22,10 @@ from demp_fx.calls import called
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
-from demp_fx.channels.crops import cropped_dims
+from demp_fx.channels.crops import Crops
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
-from demp_fx.channels.input_sizes import InputSizes
-from demp_fx.channels.labels import Labels, repeats, varying
+from demp_fx.channels.labels import Labels, repeats
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
 from demp_fx.channels.places import SIZES
@@ -76,8 +75,7 @@ class Walk(Layers):
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
         self.chains = Chains(graph, self.env)
-        self.sizes = InputSizes(self.env, self._channels)
-        self.cropped: list[Tensor] = []  # labels of tables of which an input reads a part
+        self.crops = Crops(self, self.env)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
         self.layers = dict(graph.named_modules(remove_duplicate=False))
@@ -169,7 +167,7 @@ class Walk(Layers):
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._dry_run(node)
-        self._pin_cropped(node)
+        self.crops.pin(node)
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         if sources and all(n.op == "get_attr" or n in self.made for n in sources):
             self.made.add(node)
@@ -336,26 +334,6 @@ class Walk(Layers):
         for n in node.all_input_nodes:
             self._refresh(n)
         self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
-
-    def _pin_cropped(self, node: fx.Node) -> None:
-        """What the example reads of a table that is cropped at a size is not all that is read."""
-        source = node.args[0] if node.args else None
-        tensor = self.env[source] if isinstance(source, fx.Node) else None
-        if isinstance(tensor, Tensor) and (labels := self.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim(), self.sizes.varies)
-            for label in labels if dims else ():
-                if dims & set(varying(label)):
-                    self.system.pin(label, "is cropped at a size of the input", self.site)
-                    self.cropped.append(label.reshape(-1))
-
-    def _channels(self, node: fx.Node) -> set[int]:
-        """The dims of what a node has given that are as long for any input: they have channels, and
-        those of no table that was cropped."""
-        dims = set()
-        for label in self.value(self.env[node]).labels:
-            if not any(bool(torch.isin(label, cropped).any()) for cropped in self.cropped):
-                dims |= set(varying(label))
-        return dims
 
 
 def _alike(one: Facts | None, other: Facts | None) -> bool:

@@ -61,7 +61,7 @@ class _Planner:
         self._keep(plan)
         sizes = Sizes(
             self.walk.env, self.masks, self.seen, lambda node: self._cached(node)[1], self.merged,
-            self.walk.sizes.varies,
+            self.walk.crops.sizes.varies,
         )  # fmt: skip
         sizes.changed.update(narrower_sizes(self.walk.graph, sizes))
         written: list[Literal] = []
