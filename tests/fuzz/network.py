@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fuzz import attention, convolutions, gates, opaque, pieces, places, tokens
+from tests.fuzz import attention, convolutions, gates, opaque, pieces, places, products, tokens
 from tests.fuzz.block import Block, Place, Spec, is_fixed, read
 from tests.fuzz.kill import kill
 from tests.fuzz.layers import CONVS
 
-FAMILIES = (attention, convolutions, gates, opaque, pieces, places, tokens)
+FAMILIES = (attention, convolutions, gates, opaque, pieces, places, products, tokens)
 WORDS = 11
 HEADS = ("mean", "flat", "places", "dict", "tuple", "tied")
 
