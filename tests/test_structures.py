@@ -337,3 +337,28 @@ def test_channels_that_are_summed_with_positions_of_a_kernel_go(
     assert narrow.get_parameter("weight").shape == (5, left, 3, 3)
     x = torch.randn(3, 3, 7, 7).double()
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_channels_that_are_flattened_with_the_places_of_a_grid_go(shift: float) -> None:
+    """Radial functions around the points of a grid, for each channel, as one layer's inputs."""
+
+    class Radial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8 * 5, 2)
+            self.grid = nn.Parameter(torch.linspace(-2, 2, 5), requires_grad=False)
+            with torch.no_grad():
+                self.a.weight[:3], self.a.bias[:3] = 0, shift
+                self.b.weight.view(2, 8, 5)[:, 6:] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            bases = torch.exp(-((self.a(x)[..., None] - self.grid) ** 2))
+            result: Tensor = self.b(bases.view(*bases.shape[:-2], -1))
+            return result
+
+    torch.manual_seed(0)
+    net, x = Radial().double(), torch.randn(3, 7, 4).double()
+    narrow = demp_fx.compile(net, x[:1]).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("b.weight").size(1) < 7 * 5
