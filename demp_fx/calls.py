@@ -16,6 +16,7 @@ MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", "new_empty
                        aten.expand.default, aten.new_zeros.default, aten.new_ones.default,
                        aten.new_full.default, aten.new_empty.default}  # fmt: skip
 
+ASKS: set[Any] = {"size", getattr, aten.sym_size.int}  # what asks for sizes
 # What asks for the product of all sizes, of a tensor or of a list of them.
 COUNTS: set[Any] = {"numel", "nelement", torch.numel}
 

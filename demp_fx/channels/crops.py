@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
 
 
-def cropped_dims(node: fx.Node, rank: int, given: Set[fx.Node]) -> set[int]:
-    """The dims that `node` crops at a size, or picks at one, which nodes in `given` work out (those
-    that depend on the inputs); `rank`: of the tensor it crops."""
+def cropped_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:
+    """The dims that `node` crops at a size, or picks at one, which depends on the inputs, as
+    `varies` tells; `rank`: of the tensor it crops."""
     if called(node) in _NARROWS and any(
-        isinstance(a, fx.Node) and a in given for a in node.args[2:]
+        isinstance(a, fx.Node) and varies(a) for a in node.args[2:]
     ):
         dim: Any = node.args[1]
         return {dim % rank}
@@ -36,7 +36,7 @@ def cropped_dims(node: fx.Node, rank: int, given: Set[fx.Node]) -> set[int]:
             dim += rank - taken
             continue
         bounds = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
-        if any(isinstance(bound, fx.Node) and bound in given for bound in bounds):
+        if any(isinstance(bound, fx.Node) and varies(bound) for bound in bounds):
             dims.add(dim)
         dim += 1
     return dims

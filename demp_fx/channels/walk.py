@@ -25,6 +25,7 @@ from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import cropped_dims
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
+from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
@@ -75,6 +76,7 @@ class Walk(Layers):
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
         self.chains = Chains(graph, self.env)
+        self.sizes = InputSizes(self.env, self._channels)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
         self.layers = dict(graph.named_modules(remove_duplicate=False))
@@ -334,12 +336,21 @@ class Walk(Layers):
             self._refresh(n)
         self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
 
+    def _varies(self, n: fx.Node) -> bool:
+        """Whether what an index holds depends on the inputs, and is not a number of channels."""
+        return n in self.given and (isinstance(self.env[n], Tensor) or self.sizes.varies(n))
+
+    def _channels(self, n: fx.Node) -> set[int]:
+        """The dims of a node's value with channels of which some may go. (Positions may not.)"""
+        labels = (x for x in self._labels(n) if not self.system.is_fixed(x))
+        return {d for label in labels for d in varying(label)}
+
     def _pin_cropped(self, node: fx.Node) -> None:
         """What the example reads of a table that is cropped at a size is not all that is read."""
         source = node.args[0] if node.args else None
         tensor = self.env[source] if isinstance(source, fx.Node) else None
         if isinstance(tensor, Tensor) and (labels := self.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim(), self.given)
+            dims = cropped_dims(node, tensor.dim(), self._varies)
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     self.system.pin(label, "is cropped at a size of the input", self.site)

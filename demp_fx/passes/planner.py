@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from demp_fx.calls import called
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.constants import foldable
+from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import varying
 from demp_fx.channels.network import CATS
 from demp_fx.channels.places import SIZES
@@ -22,7 +23,6 @@ from demp_fx.channels.system import Edge
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
 from demp_fx.passes.folds import foldings, indices
-from demp_fx.passes.input_sizes import InputSizes
 from demp_fx.passes.plan import (
     Frozen,
     Gather,

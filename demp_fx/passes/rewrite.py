@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import COUNTS, called
+from demp_fx.calls import ASKS, COUNTS, called
 from demp_fx.passes.count import recount
 from demp_fx.passes.frozen import restored
 from demp_fx.passes.plan import (
@@ -22,7 +22,6 @@ from demp_fx.passes.plan import (
     Spread,
     Sum,
 )
-from demp_fx.passes.resize import ASKS
 
 CHUNK = ("input", "chunks", "dim")  # the arguments of what becomes a split, in order
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from demp_fx.calls import COUNTS, called
+from demp_fx.calls import ASKS, COUNTS, called
 from demp_fx.passes.frozen import restored
 from demp_fx.passes.plan import Frozen, Literal
-from demp_fx.passes.resize import ASKS, SIZED, Sizes
+from demp_fx.passes.resize import SIZED, Sizes
 
 
 def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from demp_fx.calls import called
-from demp_fx.passes.resize import ASKS
+from demp_fx.calls import ASKS, called
 
 
 @dataclass(frozen=True)
