@@ -108,10 +108,13 @@ class Places(Stream):
         return there is not None and tensor.numel() // label.numel() < there
 
     def _pinned(self, value: Value) -> Labels:
-        """The labels along one dim with channels that some op has already said must stay."""
+        """The labels along one dim with channels that some op has already said must stay, or that
+        one has summed over."""
         stays = torch.zeros(self.system.atoms, dtype=torch.bool)
-        if self.system.pins:
-            stays[torch.cat([pin.atoms for pin in self.system.pins])] = True
+        needed = [pin.atoms for pin in self.system.pins]
+        needed += [read.inputs for read in self.system.reads]
+        if needed:
+            stays[torch.cat(needed)] = True
         return tuple(x for x in value.labels if len(varying(x)) == 1 and bool(stays[x].any()))
 
     def _cut(
