@@ -109,10 +109,11 @@ class Places(Stream):
 
     def _pinned(self, value: Value) -> Labels:
         """The labels along one dim with channels that some op has already said must stay, or that
-        one has summed over."""
+        were summed over on the way to a weight."""
         stays = torch.zeros(self.system.atoms, dtype=torch.bool)
         needed = [pin.atoms for pin in self.system.pins]
-        needed += [read.inputs for read in self.system.reads]
+        on_the_way = {n.name for n in self.made}
+        needed += [r.inputs for r in self.system.reads if r.site.node in on_the_way]
         if needed:
             stays[torch.cat(needed)] = True
         return tuple(x for x in value.labels if len(varying(x)) == 1 and bool(stays[x].any()))
