@@ -424,3 +424,29 @@ def test_a_weight_of_parts_that_stay_loses_channels_behind_what_computes_it(way:
     assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
     assert narrow.get_parameter("0.weight").size(0) == 8
     assert narrow.get_parameter("4.weight").size(1) == 8
+
+
+@pytest.mark.parametrize("kernel", [0, 1, 3])
+def test_what_leaves_a_weight_under_spectral_norm(kernel: int) -> None:
+    """Its largest singular value is that of the whole parameter."""
+
+    def layer(inputs: int, outputs: int) -> nn.Module:
+        plain = (
+            nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2)
+            if kernel
+            else nn.Linear(inputs, outputs)
+        )
+        return nn.utils.parametrizations.spectral_norm(plain)
+
+    torch.manual_seed(4)
+    first, head = (nn.Conv1d(3, 8, 1), nn.Conv1d(6, 2, 1)) if kernel else (
+        nn.Linear(3, 8), nn.Linear(6, 2)
+    )  # fmt: skip
+    net = nn.Sequential(first, layer(8, 6), nn.ReLU(), head).double().eval()
+    with torch.no_grad():
+        first.weight[:4], first.bias[:4], head.weight[:, :3] = 0, 0, 0
+    x = torch.randn(4, 3, 5).double() if kernel else torch.randn(4, 3).double()
+    narrow = demp_fx.compile(net, x, cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").size(0) == 4
+    assert narrow.get_parameter("3.weight").size(1) == 3

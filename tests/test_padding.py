@@ -89,3 +89,39 @@ def test_ones_that_are_padded_on_are_folded() -> None:
     model = Residual(SHORTCUTS["pad_ones"], ALL)
     narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double(), cuts="never").module
     assert narrow.get_parameter("next.weight").shape[1] < 9
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0), (2, 1)])
+def test_what_is_padded_on_in_each_head(ends: tuple[int, int]) -> None:
+    """A one behind the values of a head, which sums up its shares."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(5, 3 * 12), nn.Linear(12, 2)
+            with torch.no_grad():
+                for part, dead in enumerate(([0, 4, 9], [0, 4, 9], [1, 5, 6, 10, 11, 2])):
+                    for channel in dead:
+                        self.qkv.weight[12 * part + channel] = 0
+                        self.qkv.bias[12 * part + channel] = 0
+                self.out.weight[:, [1, 2, 5, 6, 10, 11]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
+            )
+            kv = k.relu().transpose(-1, -2) @ F.pad(v, ends, value=1.0)
+            mixed = q.relu() @ kv
+            first = ends[0]
+            total = mixed[..., -1:] if ends[1] else mixed[..., :1]
+            mixed = mixed[..., first : first + v.size(-1)] / (total + 0.5)
+            result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+            return result
+
+    torch.manual_seed(0)
+    net = Linear().double()
+    narrow = demp_fx.compile(net, torch.randn(2, 6, 5).double(), cuts="always").module
+    x = torch.randn(3, 8, 5).double()
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("qkv.weight").shape == (3 * 3 + 3 * 3 + 3 * 2, 5)
+    assert narrow.get_parameter("out.weight").shape == (2, 6)

@@ -180,6 +180,36 @@ def test_the_first_state_of_a_loop_has_the_channels_that_it_meets(state: str) ->
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_first_state_that_is_convolved_has_the_channels_of_the_kernel() -> None:
+    class Memory(nn.Module):
+        """A memory that goes up through the layers at each step, and on to the next step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.ModuleList(nn.Conv2d(3, 8, 1) for _ in range(2))
+            self.m = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+            self.head = nn.Conv2d(8, 2, 1)
+            with torch.no_grad():
+                for layer in (*self.x, *self.m):
+                    layer.weight[::2], layer.bias[::2] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, steps, _, *space = x.shape
+            memory = torch.zeros([batch, 8, *space], dtype=x.dtype)
+            for step in range(steps):
+                for new, old in zip(self.x, self.m, strict=True):
+                    memory = (new(x[:, step]) + old(memory)).tanh()
+            result: Tensor = self.head(memory)
+            return result
+
+    torch.manual_seed(0)
+    net = Memory().double()
+    narrow = demp_fx.compile(net, torch.randn(2, 3, 3, 5, 5).double()).module
+    assert narrow.get_parameter("m.0.weight").shape == (4, 4, 3, 3)
+    x = torch.randn(1, 3, 3, 7, 6).double()
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("way", ["list", "buffer", "arange", "mirrored"])
 @pytest.mark.parametrize("cuts", ["never", "pays", "always"])
 def test_one_channel_that_is_picked_by_its_number(way: str, cuts: Cuts) -> None:
@@ -337,3 +367,28 @@ def test_channels_that_are_summed_with_positions_of_a_kernel_go(
     assert narrow.get_parameter("weight").shape == (5, left, 3, 3)
     x = torch.randn(3, 3, 7, 7).double()
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_channels_that_are_flattened_with_the_places_of_a_grid_go(shift: float) -> None:
+    """Radial functions around the points of a grid, for each channel, as one layer's inputs."""
+
+    class Radial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8 * 5, 2)
+            self.grid = nn.Parameter(torch.linspace(-2, 2, 5), requires_grad=False)
+            with torch.no_grad():
+                self.a.weight[:3], self.a.bias[:3] = 0, shift
+                self.b.weight.view(2, 8, 5)[:, 6:] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            bases = torch.exp(-((self.a(x)[..., None] - self.grid) ** 2))
+            result: Tensor = self.b(bases.view(*bases.shape[:-2], -1))
+            return result
+
+    torch.manual_seed(0)
+    net, x = Radial().double(), torch.randn(3, 7, 4).double()
+    narrow = demp_fx.compile(net, x[:1]).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("b.weight").size(1) < 7 * 5

@@ -65,12 +65,25 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([out[:, :, :1], part.relu()], 2)
 
 
+def _shifted(a: Tensor, b: Tensor) -> Tensor:
+    """Fractions of the channels are shifted, each in a direction, as their number tells."""
+    channels = b.size(1)
+    fold = channels // 4
+    out = torch.zeros_like(a)
+    out[:, :fold, :-1] = a[:, :fold, 1:]
+    out[:, fold : 2 * fold, 1:] = a[:, fold : 2 * fold, :-1]
+    out[:, 2 * fold :] = a[:, 2 * fold :]
+    out[:, channels // 2 :, : a.size(2) - 1] += b[:, channels // 2 :, 1:]
+    return out
+
+
 @pytest.mark.parametrize(
     ("write", "width", "left"),
     [
         (_positions, CHANNELS, 6),  # what is dead in both
         (_volume, 2 * CHANNELS, 8),  # what is dead in each
         (_steps, CHANNELS, 6),  # what is dead in both
+        (_shifted, CHANNELS, 5),  # likewise
         (_sums, CHANNELS, 5),  # what is dead in both, or in the one that the second half has
     ],
 )

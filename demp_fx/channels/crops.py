@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from demp_fx.calls import called
 from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import varying
-from demp_fx.channels.stream import Stream
+from demp_fx.channels.places import Places
 
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
@@ -22,34 +22,36 @@ _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
 
 @dataclass(frozen=True)
 class Crops:
-    """The crops of a walk. `env`: what each of its nodes has given."""
+    """The crops of a walk over the nodes of a graph."""
 
-    walk: Stream
-    env: Mapping[fx.Node, Any]
+    walk: Places
     _labels: list[Tensor] = field(default_factory=list)  # of the tables
 
     @functools.cached_property
     def sizes(self) -> InputSizes:
         """Which numbers are worked out of sizes of the input."""
-        return InputSizes(self.env, self._channels)
+        return InputSizes(self.walk.env, self._channels)
 
     def pin(self, node: fx.Node) -> None:
         """What the example reads of a table that is cropped at a size is not all that is read."""
         source = node.args[0] if node.args else None
-        tensor = self.env[source] if isinstance(source, fx.Node) else None
+        tensor = self.walk.env[source] if isinstance(source, fx.Node) else None
         if isinstance(tensor, Tensor) and (labels := self.walk.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim(), self.sizes.varies)
+            dims = cropped_dims(node, tensor.dim(), self._varies)
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     system, site = self.walk.system, self.walk.site
                     system.pin(label, "is cropped at a size of the input", site)
                     self._labels.append(label.reshape(-1))
 
+    def _varies(self, end: fx.Node) -> bool:
+        return end in self.walk.given and self.sizes.varies(end)
+
     def _channels(self, node: fx.Node) -> set[int]:
         """The dims of what a node has given that are as long for any input: they have channels, and
         those of no table."""
         dims = set()
-        for label in self.walk.value(self.env[node]).labels:
+        for label in self.walk.value(self.walk.env[node]).labels:
             if not any(bool(torch.isin(label, table).any()) for table in self._labels):
                 dims |= set(varying(label))
         return dims

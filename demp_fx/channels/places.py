@@ -108,10 +108,14 @@ class Places(Stream):
         return there is not None and tensor.numel() // label.numel() < there
 
     def _pinned(self, value: Value) -> Labels:
-        """The labels along one dim with channels that some op has already said must stay."""
+        """The labels along one dim with channels that some op has already said must stay, or that
+        were summed over on the way to a weight."""
         stays = torch.zeros(self.system.atoms, dtype=torch.bool)
-        if self.system.pins:
-            stays[torch.cat([pin.atoms for pin in self.system.pins])] = True
+        needed = [pin.atoms for pin in self.system.pins]
+        on_the_way = {n.name for n in self.made}
+        needed += [r.inputs for r in self.system.reads if r.site.node in on_the_way]
+        if needed:
+            stays[torch.cat(needed)] = True
         return tuple(x for x in value.labels if len(varying(x)) == 1 and bool(stays[x].any()))
 
     def _cut(

@@ -75,7 +75,7 @@ class Walk(Layers):
         self.graph, self.observed, self.planned = graph, observed, planned
         self.refused: list[fx.Node] = []
         self.chains = Chains(graph, self.env)
-        self.crops = Crops(self, self.env)
+        self.crops = Crops(self)
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
         self.layers = dict(graph.named_modules(remove_duplicate=False))

@@ -231,7 +231,7 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     if not isinstance(source, fx.Node) or not isinstance(sizes.env[source], Tensor):
         return
     masks = sizes.seen(node, source)
-    if not masks:
+    if not masks and not sizes.changed:
         return
     entries = index if isinstance(index, tuple) else (index,)
     taken = sum(1 for e in entries if e is not None and e is not Ellipsis)
@@ -244,6 +244,9 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
             continue
         path: list[int | str] = ["args", 1, k] if isinstance(index, tuple) else ["args", 1]
         mask = masks.get(dim)
+        named = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
+        if mask is None and any(isinstance(e, fx.Node) and e in sizes.changed for e in named):
+            mask = torch.ones(sizes.env[source].size(dim), dtype=torch.bool)  # as before
         whole = isinstance(entry, slice) and entry == slice(None)
         if mask is not None and isinstance(entry, slice) and not whole:
             ends = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))

@@ -167,7 +167,10 @@ def _positions_aside(walk: Stream, call: Call, a: Operand, b: Operand, letter: s
              for operand in (a, b)]  # fmt: skip
     if len(lines[0]) < 2 and len(lines[1]) < 2:
         return
-    met = [pair for pair in itertools.product(*lines) if _one_to_one(*pair)]
+    pairs = list(itertools.product(*lines))
+    met = [pair for pair in pairs if _one_to_one(*pair)]
+    if not met and len(lines[1]) == 1 and walk.maker(a.tensor) is None:
+        met = pairs  # channels, flattened with positions
     if not met:
         return
     channels = max(met, key=lambda pair: pair[0].unique().numel())

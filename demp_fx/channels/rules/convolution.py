@@ -39,7 +39,8 @@ def convolution(walk: Stream, call: Call) -> None:
         grouped(walk, call)
     if aside:
         walk.relabel(call.outputs[0], (*walk.value(call.outputs[0]).labels, *aside))
-    walk.relabel(x, value.labels)
+    if value.labels:  # else it may have taken those of the weight, as a first state does
+        walk.relabel(x, value.labels)
 
 
 def _kernel_aside(walk: Stream, call: Call) -> None:

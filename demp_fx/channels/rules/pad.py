@@ -3,11 +3,13 @@ constant: as many of them stay as somebody needs."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from demp_fx.channels.blocks import outer_to_inner
 from demp_fx.channels.facts import Facts, joined
 from demp_fx.channels.labels import along, varying
 from demp_fx.channels.stream import Rule, Stream
@@ -30,7 +32,7 @@ def pad(walk: Stream, call: Call) -> None:
         d = next(iter(met), None)
         if d is None:
             labels.append(label)
-        elif varying(label) == (d,) and d not in grown and min(ends[d]) >= 0:
+        elif len(met) == 1 and d not in grown and min(ends[d]) >= 0:
             grown.add(d)
             labels.append(_grown(walk, call, label, d, ends[d]))
         else:
@@ -49,11 +51,24 @@ def pad(walk: Stream, call: Call) -> None:
 
 
 def _grown(walk: Stream, call: Call, label: Tensor, dim: int, ends: tuple[int, int]) -> Tensor:
-    """A label with fresh atoms before and behind its own."""
+    """A label with fresh atoms before and behind its own; of blocks, with fresh ones in each, which
+    are blocks of one axis again."""
     before, behind = ends
-    fresh = walk.system.fresh(f"{call.site.node}.padding", -1, before + behind).atoms
-    atoms = torch.cat([fresh[:before], label.reshape(-1), fresh[before:]])
-    return along(atoms, label.dim(), dim)
+    order = outer_to_inner(label)
+    sizes = [label.size(d) + (before + behind if d == dim else 0) for d in order]
+    fresh = walk.system.fresh(f"{call.site.node}.padding", -1, math.prod(sizes)).atoms
+    if len(order) == 1:
+        flat = label.reshape(-1)
+        return along(
+            torch.cat([fresh[:before], flat, fresh[sizes[0] - behind :]]), label.dim(), dim
+        )
+    ranked = sorted(order)
+    grown = fresh.reshape(sizes).permute([order.index(d) for d in ranked])
+    grown = grown.reshape([sizes[order.index(d)] if d in order else 1 for d in range(label.dim())])
+    walk.system.same(grown.narrow(dim, before, label.size(dim)), label, call.site)
+    walk.shaped.append(grown)
+    walk.splits = walk.opens = True
+    return grown
 
 
 RULES: dict[str, Rule] = {"aten::constant_pad_nd": pad}
