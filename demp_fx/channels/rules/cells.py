@@ -31,10 +31,13 @@ def merged(walk: Stream, call: Call, labels: Labels) -> Labels:
 
 def _cells(walk: Stream, call: Call, labels: list[Tensor]) -> Tensor:
     """Fresh atoms for each combination of theirs."""
-    rows = torch.stack([label.reshape(-1) for label in labels])
-    sides, number = rows.unique(dim=1, return_inverse=True)
-    cells = walk.system.fresh(f"{call.site.node}.cells", -1, sides.size(1)).atoms
-    walk.system.products.append(Product(cells, tuple(sides), call.site))
+    lines = [label.reshape(-1) for label in labels]
+    number = torch.zeros_like(lines[0])
+    for line in lines:  # (`unique(dim=1)` takes thirty times longer)
+        _, number = (number * (line.max() + 1) + line).unique(return_inverse=True)
+    cells = walk.system.fresh(f"{call.site.node}.cells", -1, int(number.max()) + 1).atoms
+    sides = tuple(torch.empty_like(cells).scatter(0, number, line) for line in lines)
+    walk.system.products.append(Product(cells, sides, call.site))
     walk.opens = True  # behind it, single cells may be left out
     return cells[number].reshape(labels[0].shape)
 
