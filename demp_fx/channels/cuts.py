@@ -46,7 +46,9 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
             break
         cost = costs.total(solution) if cost is None else cost
         for places in (bad, bad[: len(bad) // 2]):
-            closed = hard | {id(e) for place in places for e in place}
+            if sum(moved for _, moved in places) <= cost * SLACK:
+                continue  # little more than what they move could be saved
+            closed = hard | {id(e) for place, _ in places for e in place}
             without = solver.solve(closed)
             cheaper = costs.total(without)
             if cheaper <= cost * (1 - SLACK):
@@ -101,20 +103,24 @@ class _Costs:
         price = np.bincount(at, np.concatenate(each), self.solver.classes)
         return price.astype(np.float64, copy=False)
 
-    def bad_places(self, solution: Solution) -> list[list[Edge]]:
-        """The places whose cuts move more than they free next to them, the worst first."""
+    def bad_places(self, solution: Solution) -> list[tuple[list[Edge], float]]:
+        """The places whose cuts move more than they free next to them, the worst first, and how
+        many numbers they move."""
         moves, cut = self._moves(solution)
         if not cut.any():
             return []
         gains = self._freed(solution) - moves
         places: dict[tuple[str, str], list[Edge]] = defaultdict(list)
         gain: dict[tuple[str, str], float] = defaultdict(float)
+        moved: dict[tuple[str, str], float] = defaultdict(float)
         for k in np.flatnonzero(cut).tolist():
             edge = self.edges[k]
             place = edge.consumer, "" if edge.kind == "gather" else edge.producer
             places[place].append(edge)
             gain[place] += float(gains[k])
-        return [places[place] for place in sorted(places, key=gain.__getitem__) if gain[place] <= 0]
+            moved[place] += float(moves[k])
+        worst = sorted(places, key=gain.__getitem__)
+        return [(places[place], moved[place]) for place in worst if gain[place] <= 0]
 
     def total(self, solution: Solution) -> float:
         """What the narrow network moves and multiplies in all."""

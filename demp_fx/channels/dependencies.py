@@ -40,10 +40,11 @@ class DependencyGraph:
         self.nodes: list[Node] = []
         self.names = {name: name for name in params}
         self._root = classes(system)
-        self._group_of = _groups(self._root.numpy(), system)
+        self._firsts = np.array([0, *(axis.start for axis in system.axes)])  # atom 0 is an axis
+        self._owners = _owners(system, self._firsts)
         self.axes = self._channels([a for a in system.axes if a.owner in params])
         self._all = [*self.axes, *_streams(system)]
-        owners = self._group_of[_starts(self._all)].tolist()
+        owners = self._group_of(_starts(self._all)).tolist()
         self._number = {g: k for k, g in enumerate(dict.fromkeys(owners))}
         self.bare = self._build(owners)
 
@@ -57,7 +58,7 @@ class DependencyGraph:
             if pin.reason != STRUCTURE:
                 structure[pin.atoms.numpy()] = False
         starts = _starts(axes)
-        owners, bare = self._group_of[starts].tolist(), structure[starts].tolist()
+        owners, bare = self._group_of(starts).tolist(), structure[starts].tolist()
         channels = {g for g, structural in zip(owners, bare, strict=True) if not structural}
         return [a for a, g in zip(axes, owners, strict=True) if g in channels]
 
@@ -78,9 +79,14 @@ class DependencyGraph:
         self._count(self.bare)
         return self.bare
 
+    def _group_of(self, atoms: Indices | int) -> Indices:
+        """For each atom a number that all atoms of its group share."""
+        found: Indices = self._owners[np.searchsorted(self._firsts, atoms, "right") - 1]
+        return found
+
     def group_of(self, axis: Axis) -> Group:
         """The group that the channels of an axis are in."""
-        return self.groups[self._number[int(self._group_of[axis.start])]]
+        return self.groups[self._number[int(self._group_of(axis.start))]]
 
     def _count(self, groups: list[Group]) -> None:
         present = torch.zeros(self.system.atoms, dtype=torch.bool)
@@ -107,9 +113,10 @@ class DependencyGraph:
     @functools.cached_property
     def _numbers(self) -> Tensor:
         """For each atom the id of its group, -1 where it is in none."""
-        table = torch.full((int(self._group_of.max()) + 1,), -1)
+        table = torch.full((self._owners.size,), -1)
         table[list(self._number)] = torch.arange(len(self._number))
-        return table[torch.from_numpy(self._group_of)]
+        sizes = torch.tensor([1, *(axis.size for axis in self.system.axes)])
+        return table[torch.from_numpy(self._owners)].repeat_interleave(sizes)
 
     def groups_in(self, label: Tensor) -> dict[int, int]:
         """The ids of the groups that a label's atoms are in, and how many channels of each."""
@@ -123,7 +130,7 @@ class DependencyGraph:
         root, pins = self._root.numpy(), [p for p in self.system.pins if p.reason != STRUCTURE]
         for pin in pins:
             atoms = np.unique(root[pin.atoms.numpy()])
-            owners, counts = np.unique(self._group_of[atoms], return_counts=True)
+            owners, counts = np.unique(self._group_of(atoms), return_counts=True)
             site = pin.site
             for owner, channels in zip(owners.tolist(), counts.tolist(), strict=True):
                 for source in self._sources(owner):
@@ -147,7 +154,7 @@ class DependencyGraph:
         """For each group of atoms, those that arrive in it through edges."""
         feeds: dict[int, set[int]] = defaultdict(set)
         for edge in self.system.edges:
-            source, target = (self._group_of[int(side[0])] for side in (edge.source, edge.target))
+            source, target = (self._group_of(int(side[0])) for side in (edge.source, edge.target))
             feeds[int(target)].add(int(source))
         return feeds
 
@@ -248,18 +255,14 @@ def _streams(system: System) -> list[Axis]:
     return [a for a, met in zip(streams, used[_starts(streams)].tolist(), strict=True) if met]
 
 
-def _groups(root: Indices, system: System) -> Indices:
-    """For each atom a number that all atoms of its group share: axes with a channel in common.
-
-    `root`: for each atom the smallest one that it is tied to, which is in the first of their axes.
-    """
-    sizes = [1, *(axis.size for axis in system.axes)]  # atom 0 is its own axis
-    owner = np.arange(len(sizes)).repeat(sizes)
-    other = owner[root]
-    apart = np.flatnonzero(owner != other)
-    a, b = owner[apart], other[apart]
-    new = np.ones(apart.size, dtype=np.bool_)  # one tie for each run of atoms
-    new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
-    ties = torch.from_numpy(a[new]), torch.from_numpy(b[new])
-    joined: Indices = components(len(sizes), [ties]).numpy()[owner]
-    return joined
+def _owners(system: System, firsts: Indices) -> Indices:
+    """For each axis a number that all axes of its group share: those with a channel in common.
+    `firsts`: the first atom of each."""
+    whole = np.array([*system.whole], dtype=np.int64).reshape(-1, 2).T
+    pairs = []
+    for sides in (whole, [side.numpy() for side in system.ties]):
+        a, b = (np.searchsorted(firsts, side, "right") - 1 for side in sides)
+        new = np.ones(a.size, dtype=np.bool_)  # one tie for each run of atoms
+        new[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+        pairs.append((torch.from_numpy(a[new]), torch.from_numpy(b[new])))
+    return components(firsts.size, pairs).numpy()
