@@ -171,10 +171,13 @@ class Places(Stream):
                     continue
                 if label.data_ptr() in reads:
                     continue
-                had, has = _supplied(value, dims[0], size), _supplied(result, dims[0], size)
-                if any(dims[0] in varying(x) and len(varying(x)) > 1 for x in result.labels):
-                    has = None  # in blocks it cannot be supplied any more
-                if had is not None and bool((had if has is None else had & ~has).any()):
+                had = _supplied(value, dims[0], size)
+                if had is None or not bool(had.any()):
+                    continue
+                around = (varying(x) for x in result.labels)
+                blocks = any(len(place) > 1 and dims[0] in place for place in around)
+                has = None if blocks else _supplied(result, dims[0], size)  # there, nothing can be
+                if has is None or bool((had & ~has).any()):
                     found.append(n)
                     break
         return found
@@ -260,8 +263,10 @@ class Places(Stream):
     def _look_again(self, tensor: Any, name: str = "") -> None:
         """The same for a tensor, be it what the node `name` has given or a weight of a layer."""
         if isinstance(tensor, Tensor):
-            catch_up(self, tensor)
             value = self.value(tensor)
+            if value.image_of is not None:
+                catch_up(self, tensor)
+                value = self.value(tensor)
             if value.version != self.version(tensor):
                 self._stale(name, tensor, value)
 
