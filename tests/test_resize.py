@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -347,3 +348,39 @@ def test_a_size_that_is_divided_by_what_may_be_left_of_another() -> None:
 
     model, x = Divides(), torch.randn(2, 3, 4, 4).double()
     torch.testing.assert_close(demp_fx.compile(model, x).module(x), model(x))
+
+
+class Table(nn.Module):
+    """A table of positions is cropped at the sizes of the input, however these are asked for."""
+
+    def __init__(self, sizes: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.table, self.sizes = nn.Parameter(torch.randn(8, 16, 16)), sizes
+        self.double()
+        with torch.no_grad():
+            self.make.weight[::2] = self.make.bias[::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.make(x)
+        height, width = self.sizes(x)
+        result: Tensor = self.read(x * self.table[:, :height, :width])
+        return result
+
+
+SIZES: dict[str, Callable[[Tensor], Any]] = {
+    "a part of the shape": lambda x: x.shape[-2:],
+    "a part of all sizes": lambda x: x.size()[2:],
+    "a list": lambda x: list(x.shape)[2:],
+    "one by one": lambda x: (x.shape[2], x.size(3)),
+    "computed": lambda x: (max(x.shape[2], 1), x.shape[3] * 2 // 2),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_table_has_what_other_inputs_read_of_it(name: str) -> None:
+    model = Table(SIZES[name])
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double()).module
+    assert narrow.get_parameter("table").shape == (4, 16, 16)
+    x = torch.randn(3, 3, 10, 12).double()
+    assert torch.allclose(narrow(x), model(x), atol=1e-12)

@@ -33,8 +33,9 @@ class InputSizes:
         index = place if isinstance(place, int) else None
         if called(node) in ASKS:
             return self._varies_at(source, index)
-        if node.target is operator.getitem and isinstance(source, fx.Node) and index is not None:
-            return called(source) in ASKS and self._varies_at(source.args[0], index)
+        asked = source if isinstance(source, fx.Node) and called(source) in ASKS else None
+        if node.target is operator.getitem and asked is not None and index is not None:
+            return self._varies_at(asked.args[0], index)
         return any(  # numbers out of a tensor are anybody's guess
             isinstance(self.env.get(n), Tensor) or self.varies(n) for n in node.all_input_nodes
         )
