@@ -42,14 +42,15 @@ def _cells(walk: Stream, call: Call, labels: list[Tensor]) -> Tensor:
     return cells[number].reshape(labels[0].shape)
 
 
-def told_apart(walk: Stream, call: Call, weight: Operand, *letters: str) -> None:
-    """Give a weight labels of their own for its outputs and inputs (these letters) where it has one
-    over both: a cell survives iff both of its sides do."""
-    dims = tuple(sorted(map(weight.dim, letters)))
-    labels = walk.value(weight.tensor).labels
-    if any(varying(label) == dims for label in labels):
-        found = tuple(x for label in labels for x in _sides(walk, call, label, dims))
-        walk.relabel(weight.tensor, found)
+def told_apart(walk: Stream, call: Call, weight: Operand, inputs: str, outputs: set[str]) -> None:
+    """Give a weight labels of their own for its inputs and outputs (letters) where it has one over
+    both: a cell survives iff both of its sides do."""
+    for letter in outputs:
+        dims = tuple(sorted((weight.dim(inputs), weight.dim(letter))))
+        labels = walk.value(weight.tensor).labels
+        if any(varying(label) == dims for label in labels):
+            found = tuple(x for label in labels for x in _sides(walk, call, label, dims))
+            walk.relabel(weight.tensor, found)
 
 
 def _sides(walk: Stream, call: Call, label: Tensor, dims: tuple[int, ...]) -> Labels:

@@ -62,10 +62,9 @@ def meet(
             _outermost(walk, call, operand, batch)
     for letter in shared - set(result):
         _adopt(walk, a, b, letter)
-        for other in set(result) - shared:
-            told_apart(walk, call, b, letter, other)
-            if all(b.tensor.size(b.dim(x)) == 1 for x in set(b.letters) - shared):  # a vector
-                told_apart(walk, call, a, letter, other)
+        told_apart(walk, call, b, letter, set(b.letters) - shared)
+        if all(b.tensor.size(b.dim(other)) == 1 for other in set(b.letters) - shared):  # a vector
+            told_apart(walk, call, a, letter, set(a.letters) - shared)
     gate = None if batch is None else _gate(walk, call, a, b, batch)
     labels = _kept(walk, call, a, b, place)
     if batch is not None and gate is not None:
@@ -167,10 +166,7 @@ def _positions_aside(walk: Stream, call: Call, a: Operand, b: Operand, letter: s
              for operand in (a, b)]  # fmt: skip
     if len(lines[0]) < 2 and len(lines[1]) < 2:
         return
-    pairs = list(itertools.product(*lines))
-    met = [pair for pair in pairs if _one_to_one(*pair)]
-    if not met and len(lines[1]) == 1 and walk.maker(a.tensor) is None:
-        met = pairs  # channels, flattened with positions
+    met = [pair for pair in itertools.product(*lines) if _one_to_one(*pair)]
     if not met:
         return
     channels = max(met, key=lambda pair: pair[0].unique().numel())

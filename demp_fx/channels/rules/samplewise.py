@@ -39,31 +39,30 @@ def samplewise(walk: Stream, call: Call, samples: int, rule: Rule) -> None:
     """Follow one sample by the `rule` of a convolution; what it says holds for each of them."""
     x, weight, bias = call.args[:3]
     out = call.outputs[0]
-    batch = _apart(walk, call, x, 1, samples)
+    batch = _apart(walk, call, x, samples)
     one = [_first(walk, call, t, samples) for t in (weight, bias)]
-    result = torch.empty(_sizes(out, 1, samples), dtype=out.dtype, device="meta")
+    result = torch.empty(_sizes(out, samples), dtype=out.dtype, device="meta")
     groups = call.args[8] // samples
     rule(walk, Call(call.op, (batch, *one, *call.args[3:8], groups), {}, result, call.site))
     found = walk.value(result)
     labels = tuple(_repeated(label, samples) for label in found.labels)
-    facts = None if found.known is None else found.facts
+    facts = found.facts
     if facts is not None:
         facts = facts.map(lambda t: _repeated(t, samples))
     walk.give(out, labels, facts, moved=True)
 
 
-def _sizes(tensor: Tensor, dim: int, samples: int) -> list[int]:
-    """With the samples in the batch instead of on `dim`."""
-    sizes = list(tensor.shape)
-    sizes[dim] //= samples
-    return [sizes[0] * samples, *sizes[1:]]
+def _sizes(tensor: Tensor, samples: int) -> list[int]:
+    """With the samples in the batch instead of among the channels."""
+    batch, channels, *space = tensor.shape
+    return [batch * samples, channels // samples, *space]
 
 
-def _apart(walk: Stream, call: Call, x: Tensor, dim: int, samples: int) -> Tensor:
+def _apart(walk: Stream, call: Call, x: Tensor, samples: int) -> Tensor:
     """A value whose samples are in its batch again."""
-    batch = torch.empty(_sizes(x, dim, samples), dtype=x.dtype, device="meta")
-    labels = _of_one(walk, call, walk.value(x).labels, dim, samples)
-    walk.give(batch, labels, _known(walk, x, dim, samples), moved=True)
+    batch = torch.empty(_sizes(x, samples), dtype=x.dtype, device="meta")
+    labels = _of_one(walk, call, walk.value(x).labels, 1, samples)
+    walk.give(batch, labels, _known(walk, x, 1, samples), moved=True)
     return batch
 
 
