@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -20,7 +21,9 @@ from demp_fx.emit.module import source
 from demp_fx.errors import TraceError
 from demp_fx.inputs import Inputs
 from demp_fx.passes.still import Still
+from demp_fx.passes.verify import difference, run
 from demp_fx.tracing.module import TracedModule
+from tests.zoo.transformers_networks import HIDDEN, TRANSFORMERS, build, kill_hidden
 
 
 def tensor(*size: int) -> Tensor:
@@ -200,6 +203,34 @@ def test_what_no_graph_can_return_is_left_out_and_noted() -> None:
     graph = traced(model, X)
     assert graph(X)["cache"] is None
     assert graph.meta["demp_fx"].baked == ["output['cache'] left out: nothing is known of a object"]
+
+
+def checking(model: nn.Module) -> nn.Module:
+    """The model with a forward that looks at its inputs as `checked` does."""
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **inputs: Any) -> Any:
+        for value in (*args, *inputs.values()):
+            assert value is None or checked(value) is value
+        return kind.forward(self, *args, **inputs)
+
+    model.__class__ = type("Checking", (kind,), {"forward": forward})
+    return model
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_come_through_it_as_well(name: str) -> None:
+    network = TRANSFORMERS[name]
+    model = checking(build(network))
+    kill_hidden(model, network, HIDDEN // 2)
+    result = demp_fx.compile(model, network.example())
+    assert result.module.meta["demp_fx"].exported
+    assert result.report.params_after < result.report.params_before
+    given = Inputs.of(network.example(batch=5, length=9))
+    for training in (False, True):
+        found, expected = (run(m, given, training) for m in (result.module, model))
+        assert difference(expected, found) <= 1e-12
 
 
 def test_arguments_come_in_whole() -> None:

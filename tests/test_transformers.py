@@ -22,7 +22,6 @@ ERROR = 1e-12  # relative, in float64
 DEAD = 10
 
 every = pytest.mark.parametrize("name", TRANSFORMERS)
-exported = pytest.mark.parametrize("name", [n for n, t in TRANSFORMERS.items() if t.exported])
 
 
 @functools.cache
@@ -48,10 +47,18 @@ def assert_same(ours: nn.Module, theirs: nn.Module, example: dict[str, Any]) -> 
 
 
 @every
-def test_it_is_traced_by_the_front_end_that_it_needs(name: str) -> None:
+def test_its_modules_are_seen_through(name: str) -> None:
     notes = traced(name)[1].meta["demp_fx"]
-    assert bool(notes.exported) == TRANSFORMERS[name].exported
-    assert notes.opaque == {}
+    assert (notes.exported, notes.opaque) == ("", {})
+
+
+def test_a_cache_of_keys_and_values_is_left_out_of_the_output() -> None:
+    model, graph = traced("llama")
+    inputs = TRANSFORMERS["llama"].example()
+    assert model(**inputs).past_key_values is not None
+    assert graph(**inputs).past_key_values is None
+    [note] = [note for note in graph.meta["demp_fx"].baked if note.startswith("output")]
+    assert "left out: nothing is known of a DynamicCache" in note
 
 
 @every
@@ -106,7 +113,7 @@ def test_dead_hidden_units_are_cut_out_exactly(name: str) -> None:
     assert result.report.params_after < result.report.params_before
 
 
-@exported
+@every
 def test_copies_pickles_and_compiled_ones_are_the_same(name: str) -> None:
     narrow = compiled(name)[1].module
     example = TRANSFORMERS[name].example()
@@ -118,7 +125,7 @@ def test_copies_pickles_and_compiled_ones_are_the_same(name: str) -> None:
         assert difference(narrow(**example), fast(**example)) <= ERROR
 
 
-@exported
+@every
 def test_it_is_written_as_a_file(name: str) -> None:
     narrow = compiled(name)[1].module
     space: dict[str, Any] = {"__name__": "written", "__file__": __file__}

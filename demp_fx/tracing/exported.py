@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.tracing.layers import restore_layers
 from demp_fx.tracing.lower import lower, prune
 from demp_fx.tracing.merge import Version, merge
+from demp_fx.tracing.module import left_out
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import inference_as_no_grad
 from demp_fx.tracing.source import first_line
@@ -131,8 +132,7 @@ class Exporter:
     def _returnable(self, path: Any, leaf: Any) -> Any:
         if leaf is None or isinstance(leaf, (Tensor, bool, int, float, str, torch.SymInt)):
             return leaf
-        kind = type(leaf).__name__
-        self.baked[f"output{pytree.keystr(path)} left out: nothing is known of a {kind}"] = None
+        self.baked[left_out(pytree.keystr(path), leaf)] = None
         return None
 
 

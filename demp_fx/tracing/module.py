@@ -25,6 +25,11 @@ class TraceNotes:
     exported: str = ""  # why torch.export made the graph, if it did
 
 
+def left_out(place: str, value: Any) -> str:
+    """The note on a part of the output that no graph can return, such as a cache of keys."""
+    return f"output{place} left out: nothing is known of a {type(value).__name__}"
+
+
 class Parts(nn.Module):
     """Stands for a Sequential, ModuleList or ModuleDict: what is in it is found as it was there."""
 

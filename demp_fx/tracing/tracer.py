@@ -36,6 +36,7 @@ from demp_fx.tracing.functions import (
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.module import left_out
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
@@ -93,6 +94,7 @@ class Tracer(Submodules):
         self.lent: list[weakref.ref[fx.Proxy]] = []
         self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
         self.augmented: list[fx.Node] = []
+        self.returned: dict[int, str] = {}  # by its id, the place in the output
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of `root`, a module, without what only decided control flow."""
@@ -159,6 +161,8 @@ class Tracer(Submodules):
         with proxies_are_tensors():
             result = forward(*self.bound.args, **self.bound.kwargs)
         keep_assigned(self)
+        leaves, _ = pytree.tree_flatten_with_path(result)
+        self.returned = {id(leaf): pytree.keystr(path) for path, leaf in leaves}
         return result
 
     def _placeholder(self, name: str, value: Any) -> Any:
@@ -225,7 +229,7 @@ class Tracer(Submodules):
             node.args = args
         if kwargs:
             node.kwargs = kwargs
-        ends = kind in ("placeholder", "output")
+        ends = bool(self.returned) or kind in ("placeholder", "output")
         node.meta["source"] = self.entry if ends else user_line(sys._getframe())
         path = call = ""
         if self.module_stack:
@@ -259,7 +263,13 @@ class Tracer(Submodules):
             return self.create_node("call_function", kind, (), self.create_arg(named))
         if kind is OrderedDict:
             return self.create_node("call_function", kind, (self.create_arg(dict(a)),), {})
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            if not self.returned.get(id(a)):  # nothing else may be the output as a whole
+                raise
+        self.baked[left_out(self.returned[id(a)], a)] = None
+        return None
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         name = self.names.get(id(attr_val))

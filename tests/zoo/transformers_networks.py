@@ -32,7 +32,6 @@ class Transformer:
     makes: tuple[str, ...]
     reads: str
     inputs: tuple[str, ...] = ("input_ids",)
-    exported: bool = True  # symbolic tracing cannot take it
     halves: bool = False
 
     def example(self, batch: int = 2, length: int = 7) -> dict[str, Tensor]:
@@ -50,18 +49,18 @@ class Transformer:
 TRANSFORMERS = {
     "bert": Transformer(
         lambda: hf.BertModel(hf.BertConfig(**_COMMON, max_position_embeddings=32)),
-        ("intermediate.dense",), ".output.dense", exported=False,
+        ("intermediate.dense",), ".output.dense",
     ),
     "roberta": Transformer(
         lambda: hf.RobertaModel(hf.RobertaConfig(**_COMMON, **_TOKENS, max_position_embeddings=32)),
-        ("intermediate.dense",), ".output.dense", exported=False,
+        ("intermediate.dense",), ".output.dense",
     ),
     "distilbert": Transformer(
         lambda: hf.DistilBertModel(
             hf.DistilBertConfig(vocab_size=WORDS, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS,
                                 hidden_dim=HIDDEN, max_position_embeddings=32)
         ),
-        ("ffn.lin1",), "ffn.lin2", exported=False,
+        ("ffn.lin1",), "ffn.lin2",
     ),
     "gpt2": Transformer(
         lambda: hf.GPT2LMHeadModel(
@@ -81,7 +80,7 @@ TRANSFORMERS = {
         lambda: hf.ViTModel(
             hf.ViTConfig(**{**_COMMON, "image_size": 16, "patch_size": 8, "vocab_size": None})
         ),
-        ("mlp.fc1",), "mlp.fc2", ("pixel_values",), exported=False,
+        ("mlp.fc1",), "mlp.fc2", ("pixel_values",),
     ),
     "llama": Transformer(
         lambda: hf.LlamaForCausalLM(
@@ -94,7 +93,7 @@ TRANSFORMERS = {
             hf.ModernBertConfig(**_COMMON, **_TOKENS, cls_token_id=1, sep_token_id=2,
                                 local_attention=4, max_position_embeddings=32)
         ),
-        ("mlp.Wi",), "mlp.Wo", exported=False, halves=True,
+        ("mlp.Wi",), "mlp.Wo", halves=True,
     ),
 }  # fmt: skip
 """Networks by name."""
