@@ -712,6 +712,19 @@ def test_checks_that_the_example_passes_are_passed_over() -> None:
         torch._check_value(False, lambda: "not of width 4")
 
 
+def test_what_a_compiler_is_told_of_a_tensor_is_not_in_the_graph() -> None:
+    class Marks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros_like(x)
+            torch._dynamo.mark_static_address(state)
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            return x + state
+
+    graph = demp_fx.trace(Marks(), X)
+    assert not graph.meta["demp_fx"].exported
+    assert [n.name for n in graph.graph.nodes] == ["x", "zeros_like", "add", "output"]
+
+
 def test_an_identity_of_nothing_is_nothing() -> None:
     class Attends(nn.Module):
         """To what else it is given, or else to itself."""

@@ -204,25 +204,32 @@ def variables_of_proxies() -> Iterator[None]:
         del kind.__new__
 
 
+# What torch.compile is told of a tensor; the sizes and the memory of a proxy are nobody's yet.
+_MARKS = ("mark_static", "mark_static_address", "mark_dynamic", "maybe_mark_dynamic")
+
+
 @contextmanager
 def checks_of_proxies() -> Iterator[None]:
-    """Meanwhile `torch._check` and its like pass over proxies: a graph is for inputs that fit."""
-    torch_: Any = torch
-    before = {name: vars(torch)[name] for name in ("_check_with", "_check_tensor_all_with")}
+    """Meanwhile `torch._check` and its like pass over proxies: a graph is for inputs that fit. So
+    do the marks that a compiler wants."""
+    compiler: Any = importlib.import_module("torch._dynamo")
+    names = {torch: ("_check_with", "_check_tensor_all_with"), compiler: _MARKS}
+    before = {module: {n: vars(module)[n] for n in names[module]} for module in names}
 
-    def passing(check: Callable[..., None]) -> Callable[..., None]:
-        def checked(kind: Any, condition: Any, message: Any = None) -> None:
-            if not isinstance(condition, fx.Proxy):
-                check(kind, condition, message)
+    def passing(function: Callable[..., None]) -> Callable[..., None]:
+        def passed(*args: Any, **kwargs: Any) -> None:
+            if proxy_in(args) is None:
+                function(*args, **kwargs)
 
-        return checked
+        return passed
 
-    for name, check in before.items():
-        setattr(torch_, name, passing(check))
+    for module, functions in before.items():
+        vars(module).update({name: passing(function) for name, function in functions.items()})
     try:
         yield
     finally:
-        vars(torch).update(before)
+        for module, functions in before.items():
+            vars(module).update(functions)
 
 
 @contextmanager
