@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from demp_fx.tracing.source import quoted, user_line
+from demp_fx.tracing.checks import passing
+from demp_fx.tracing.source import quoted, running, user_line
 from demp_fx.tracing.values import UNKNOWN, Values
 
 
@@ -20,6 +21,7 @@ class Decisions(fx.Tracer):
         baked: see `TraceNotes`.
         by_mode: the entries of `baked` that are decisions on train or eval mode.
         mode_decisions: how many of them there were.
+        checks: the nodes that a check has looked at, which is taken as passed.
     """
 
     values: Values
@@ -29,6 +31,7 @@ class Decisions(fx.Tracer):
         self.baked: dict[str, None] = {}
         self.by_mode: set[str] = set()
         self.mode_decisions = 0
+        self.checks: set[fx.Node] = set()
 
     def decided(self, proxy: Any) -> Any:
         """The value of `proxy`, from now on taken as given; refused where it depends on data."""
@@ -51,7 +54,16 @@ class Decisions(fx.Tracer):
             self.by_mode.add(note)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self.decided(obj))
+        try:
+            return bool(self.decided(obj))
+        except TypeError:
+            frame = running(sys._getframe(1))
+            passes = None if frame is None else passing(frame)
+            if passes is None:
+                raise
+        self.checks.add(obj.node)
+        self.baked[f"{quoted(user_line(sys._getframe()))} taken as passed"] = None
+        return passes
 
     def length(self, proxy: Any) -> int:
         """How many items `proxy` has."""

@@ -29,6 +29,13 @@ def user_line(frame: types.FrameType | None) -> str:
     return inner
 
 
+def running(frame: types.FrameType | None) -> types.FrameType | None:
+    """The innermost frame outside torch.fx and this package."""
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH + "fx/", _HERE)):
+        frame = frame.f_back
+    return frame
+
+
 def failed_at(error: BaseException) -> str:
     """The innermost line outside torch and this package, or else of all, on `error`'s way."""
     frames = traceback.extract_tb(error.__traceback__)

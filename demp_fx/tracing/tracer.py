@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from demp_fx.expressions import expression_of
 from demp_fx.tracing.arguments import in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
-from demp_fx.tracing.augmented import MOVES, keep_in_place
+from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place
+from demp_fx.tracing.checks import is_checked
 from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
@@ -41,7 +42,7 @@ from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
-from demp_fx.tracing.source import failed_at, first_line, user_line
+from demp_fx.tracing.source import failed_at, first_line, running, user_line
 from demp_fx.tracing.states import attributes, changed_attributes, written_attributes
 from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
@@ -129,7 +130,10 @@ class Tracer(Submodules):
         for node in reversed(graph.nodes):
             node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
             calls = node.op in ("call_function", "call_method")
-            if not node.users and (node.op == "get_attr" or (calls and node.target in _PURE)):
+            checked = node in self.checks and not is_write(node)
+            pure = calls and (node.target in _PURE or checked)
+            if not node.users and (node.op == "get_attr" or pure):
+                self.checks.update(node.all_input_nodes if checked else ())
                 graph.erase_node(node)
         drop_empty(graph)
         return graph
@@ -189,7 +193,9 @@ class Tracer(Submodules):
             args, kwargs = in_place(runs, kwargs)
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
-            raise TypeError(f"{name} needs the numbers in a tensor")
+            frame = running(sys._getframe())
+            if frame is None or not is_checked(frame):
+                raise TypeError(f"{name} needs the numbers in a tensor")
         if target is torch._assert and self.values.of(args[0]) is True:
             return args[0]  # holds for these sizes, and need not for narrower ones
         if kind == "call_function" and _is_wrapped(target):

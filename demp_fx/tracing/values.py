@@ -132,7 +132,8 @@ class Values(fx.Interpreter):
         value = self.of_node(node)
         if isinstance(value, torch.device):
             return torch.device("cpu")
-        if isinstance(value, torch.dtype) or (sized and not isinstance(value, (Tensor, Unknown))):
+        data = any(isinstance(leaf, (Tensor, Unknown)) for leaf in pytree.tree_leaves(value))
+        if isinstance(value, torch.dtype) or (sized and not data):
             return value
         if node.op == "get_attr" and node.target not in self.state:
             return self.fetch_attr(str(node.target))  # a tensor that the code has made
