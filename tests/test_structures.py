@@ -259,6 +259,25 @@ def test_filters_that_are_zero_in_each_group_go(kind: Any, shift: float) -> None
     torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_inputs_that_no_filter_of_their_group_hears_go(kind: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), kind(8, 12, 3, groups=2), nn.Conv1d(12, 4, 1)
+    ).double()
+    layer = net[2]
+    with torch.no_grad():
+        if kind is nn.Conv1d:
+            layer.weight[:6, [0, 1]] = layer.weight[6:, [1, 3]] = 0
+        else:
+            layer.weight[[0, 1, 5, 7]] = 0
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    result = demp_fx.compile(net, x)
+    assert result.module.get_parameter("0.weight").shape == (4, 3, 1)
+    assert result.module.get_parameter("1.weight").shape == (4,)
+    torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
+
+
 def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
     class Grouped(nn.Module):
         """Each group loses an input and a filter, and not the same ones."""

@@ -198,10 +198,7 @@ def grouped(walk: Stream, call: Call) -> None:
         walk.system.link(block, gate, call.site)
     first, second = (ins, outs) if transposed else (outs, ins)
     walk.system.groupings.append(Grouping(name, first, second, consumer))
-    silent = None
-    facts = walk.value(x).facts
-    if walk.with_facts and facts is not None:
-        silent = zero_at(facts, along(source, x.dim(), 1)).reshape(-1)
+    silent = _unheard(walk, x, weight, source, groups, transposed) if walk.with_facts else None
     walk.system.flow.append(
         Read(source, (produced,), None, silent, None, 0, weight.numel(), call.site,
              gate.repeat_interleave(ins.size(1)))
@@ -212,6 +209,25 @@ def grouped(walk: Stream, call: Call) -> None:
         known = (_silent(walk, weight, groups, offset) if transposed
                  else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
     walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
+
+
+def _unheard(
+    walk: Stream, x: Tensor, weight: Tensor, source: Tensor, groups: int, transposed: bool
+) -> Tensor | None:
+    """Inputs that are zero, or that no filter of their block hears."""
+    facts, real = walk.value(x).facts, walk.value(weight).data
+    zero = None if facts is None else zero_at(facts, along(source, x.dim(), 1)).reshape(-1)
+    if real is None or real.is_meta:
+        return zero
+    if transposed:
+        unheard = walk.empty(real, 0)
+    else:
+        columns = real.unflatten(0, (groups, -1)).transpose(1, 2)  # by block: inputs, then filters
+        empty = columns[:, :, 0].flatten(2).eq(0).all(2)
+        if bool(empty.any()):  # the first filter tells of most that they are not
+            empty = columns.flatten(2).eq(0).all(2)
+        unheard = empty.reshape(-1).cpu()
+    return zero if unheard is None else unheard if zero is None else zero | unheard
 
 
 def _silent(walk: Stream, weight: Tensor, groups: int, offset: Tensor) -> Facts | None:
