@@ -62,10 +62,15 @@ def dense(walk: Stream, call: Call) -> None:
     kernel, transposed = x.dim() - 2, call.args[6]
     a = Operand(x, "bi" + "?" * kernel)
     b = Operand(weight, ("io" if transposed else "oi") + "*" * kernel)
-    spatial = transposed or any(p != 0 for p in call.args[4])
+    spatial = transposed or _padded(walk, call)
     through = x if transposed else call.outputs[0]
     macs = (weight.numel() // weight.size(0)) * through.numel()
     meet(walk, call, a, b, "bo" + "." * kernel, bias, spatial, macs)
+
+
+def _padded(walk: Stream, call: Call) -> bool:
+    """Whether there are zeros around this input, or may be around another one."""
+    return any(p != 0 for p in call.args[4]) or walk.running.sized
 
 
 def _set_aside(walk: Stream, call: Call) -> Labels:
@@ -132,7 +137,7 @@ def depthwise(walk: Stream, call: Call) -> None:
     seen = walk.value(x).facts
     if walk.with_facts and offset is not None:
         before = seen.along(1, size) if seen is not None else None
-        facts = _channelwise(walk, weight, before, offset, times, any(p != 0 for p in call.args[4]))
+        facts = _channelwise(walk, weight, before, offset, times, _padded(walk, call))
     walk.give(out, tuple(labels), None if facts is None else facts.spread(rank, 1))
 
 
