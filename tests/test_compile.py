@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.channels.cuts import Cuts
 from demp_fx.errors import UsageError, VerificationError
 from demp_fx.passes import make_plan, narrow, verify
 
@@ -227,6 +230,36 @@ def test_average_pooling_of_padded_constants_is_carried() -> None:
     result = demp_fx.compile(model, image(2, 3, 8, 8))
     assert result.module.get_parameter("0.weight").shape[0] == 6
     assert_same(model, result.module, image(3, 3, 13, 7))
+
+
+PADDED_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flattened": lambda x: x.flatten(1).unflatten(1, (-1, 1, 1)),
+    "unshuffled": lambda x: F.pixel_unshuffle(x, 2),
+    "crops": lambda x: torch.cat([x[..., 1:], x[..., :-1]], 1),
+    "turned": lambda x: torch.cat([x, x.transpose(2, 3)], 1),
+}
+
+
+@pytest.mark.parametrize("way", list(PADDED_POOLS))
+@pytest.mark.parametrize("cuts", ["never", "always"])
+def test_what_an_average_pooling_makes_of_constants_is_another_one_elsewhere(
+    way: str, cuts: Cuts
+) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.pool = nn.AvgPool2d(3, 1, 1)
+            self.b = nn.Conv2d(PADDED_POOLS[way](torch.zeros(1, 8, 4, 4)).shape[1], 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(PADDED_POOLS[way](self.pool(self.norm(self.a(x)))))
+            return result
+
+    model = Pooled().double()
+    silence(model.norm, [1, 2, 5], shift=0.6)
+    result = demp_fx.compile(model, image(2, 3, 4, 4), cuts=cuts, verify=False)
+    assert_same(model, result.module, image(3, 3, 4, 4))
 
 
 def test_a_weight_that_is_read_twice_folds_nothing() -> None:

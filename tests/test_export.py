@@ -369,6 +369,16 @@ def test_where_both_fail_both_reasons_are_given() -> None:
     assert message.count(Path(__file__).name) == 2
 
 
+def test_values_of_one_of_several_results_are_the_reason_in_words() -> None:
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            low, high = x.chunk(2, 1)
+            return low if high.max() > 0 else high
+
+    with pytest.raises(TraceError, match="control flow depends on the values in a tensor"):
+        demp_fx.trace(Split(), X)
+
+
 # --- what becomes of it --------------------------------------------------------------------------
 
 

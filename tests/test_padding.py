@@ -125,3 +125,60 @@ def test_what_is_padded_on_in_each_head(ends: tuple[int, int]) -> None:
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("qkv.weight").shape == (3 * 3 + 3 * 3 + 3 * 2, 5)
     assert narrow.get_parameter("out.weight").shape == (2, 6)
+
+
+def missing(x: Tensor) -> int:
+    """How many columns there are too few for windows of 4."""
+    return -x.shape[3] % 4
+
+
+def written(x: Tensor) -> Tensor:
+    whole = x.new_zeros(len(x), x.shape[1], x.shape[2], x.shape[3] + missing(x))
+    whole[:, :, :, : x.shape[3]] = x
+    return whole
+
+
+UP_TO_WINDOWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pad": lambda x: F.pad(x, (0, missing(x))),
+    "written": written,
+    "pooled": lambda x: F.avg_pool2d(x, 3, 1, padding=(0, x.shape[3] % 2)),
+    "depthwise": lambda x: F.conv2d(x, x.new_ones(8, 1, 1, 3), padding=(0, missing(x)), groups=8),
+}
+
+
+class Windows(nn.Module):
+    """Half of the channels are constants, which the zeros padded on are not."""
+
+    def __init__(self, pad: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
+        self.pad = pad
+        with torch.no_grad():
+            self.norm.weight[:4], self.norm.bias[:4] = 0, 0.7
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(self.pad(self.norm(self.a(x)))).relu()
+        return result
+
+
+@pytest.mark.parametrize("way", list(UP_TO_WINDOWS))
+def test_constants_are_none_where_another_input_is_padded(way: str) -> None:
+    model = Windows(UP_TO_WINDOWS[way])
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8, dtype=torch.float64)).module
+    for width in (8, 9, 11):  # the first one needs no padding
+        x = torch.randn(2, 3, 8, width, dtype=torch.float64)
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_convolution_whose_padding_depends_on_the_input_folds_no_constants() -> None:
+    class Same(Windows):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.a(x))
+            return F.conv2d(h, self.b.weight, self.b.bias, padding=(0, x.shape[3] % 2))
+
+    model = Same(torch.relu)
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8, dtype=torch.float64)).module
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)

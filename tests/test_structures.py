@@ -259,6 +259,54 @@ def test_filters_that_are_zero_in_each_group_go(kind: Any, shift: float) -> None
     torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
 
 
+class SeveralPlaces(nn.Module):
+    """A layer reads each of 8 channels at 4 places: two of them at none, and two at some."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.make, self.read = way, nn.Conv1d(3, 8, 1), nn.Linear(32, 5)
+        place = torch.arange(32).unflatten(0, (8, 4) if way == "flattened" else (4, 8))
+        place = place if way == "flattened" else place.T
+        with torch.no_grad():
+            self.read.weight[:, torch.cat([place[:2].flatten(), place[2:4, :3].flatten()])] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.make(x).relu()
+        h = h.flatten(1) if self.way == "flattened" else h[..., 0].repeat(1, 4)
+        result: Tensor = self.read(h)
+        return result
+
+
+@pytest.mark.parametrize("way", ["flattened", "repeated"])
+def test_single_places_of_a_channel_that_nobody_reads_are_not_multiplied(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = SeveralPlaces(way).double(), torch.randn(3, 3, 4, dtype=torch.float64)
+    for cuts, left in (("always", 2 + 16), ("never", 24)):
+        narrow = demp_fx.compile(model, x, cuts=cuts).module
+        assert narrow.get_parameter("make.weight").shape == (6, 3, 1)
+        assert narrow.get_parameter("read.weight").shape == (5, left)
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_inputs_that_no_filter_of_their_group_hears_go(kind: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), kind(8, 12, 3, groups=2), nn.Conv1d(12, 4, 1)
+    ).double()
+    layer = net[2]
+    with torch.no_grad():
+        if kind is nn.Conv1d:
+            layer.weight[:6, [0, 1]] = layer.weight[6:, [1, 3]] = 0
+        else:
+            layer.weight[[0, 1, 5, 7]] = 0
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    result = demp_fx.compile(net, x)
+    assert result.module.get_parameter("0.weight").shape == (4, 3, 1)
+    assert result.module.get_parameter("1.weight").shape == (4,)
+    torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
+
+
 def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
     class Grouped(nn.Module):
         """Each group loses an input and a filter, and not the same ones."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -186,21 +187,23 @@ class Places(Stream):
         """Inputs whose channels repeat themselves along an axis, each index of which the node ties
         to a channel of its own: whatever they are merged with is then as long for any input.
 
-        A layer that reads what another one makes stays in its group, as after any flattening. And
-        computed weights with several channels on one axis, which the node does not tell apart.
+        A layer that reads what another one makes stays in its group, as after any flattening,
+        unless it hears a channel at some of its places only. And computed weights with several
+        channels on one axis, which the node does not tell apart.
         """
         sames = self.system.sames[start[0] :]
         pins = [pin.atoms for pin in self.system.pins[start[1] :]]
         mixed = [n for n, v in before.items() if n in self.made and _is_mixed(v.labels, pins)]
-        if not (self.merged and sames):
+        reads = [s for s in self.system.since(start) if isinstance(s, Read)]
+        alone = any(_partly_silent(read) for read in reads)
+        if not sames or not (self.merged or alone):
             return mixed
-        reads = any(isinstance(s, Read) for s in self.system.since(start))
         repeating = {
             label.data_ptr(): n
             for n, value in before.items()
             for label in value.labels
             if n.op != "get_attr" and len(varying(label)) == 1 and repeats(label)
-            if n in self.made or not (reads and self._is_a_parameters(label))
+            if n in self.made or alone or not (reads and self._is_a_parameters(label))
         }
         return mixed + [
             repeating[a.data_ptr()]
@@ -321,6 +324,15 @@ def _is_mixed(labels: Labels, pins: list[Tensor]) -> bool:
         all(torch.isin(x, torch.cat(pins)).all() for x in labels if varying(x) == d)
         for d in several if pins
     )  # fmt: skip
+
+
+def _partly_silent(read: Read) -> bool:
+    """Whether a parameter reads a channel at several places, and only some have no weights."""
+    if read.fold is None or read.silent is None or not repeats(read.inputs):
+        return False
+    _, channel = np.unique(read.inputs.numpy(), return_inverse=True)
+    silent = np.bincount(channel, read.silent.numpy())
+    return bool(((silent > 0) & (silent < np.bincount(channel))).any())
 
 
 def _holds_numbers(tensor: Tensor) -> bool:

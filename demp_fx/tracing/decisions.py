@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from demp_fx.tracing.checks import passing
-from demp_fx.tracing.source import quoted, running, user_line
+from demp_fx.tracing.source import quoted, user_line, users_frame
 from demp_fx.tracing.values import UNKNOWN, Values
 
 
@@ -57,7 +57,7 @@ class Decisions(fx.Tracer):
         try:
             return bool(self.decided(obj))
         except TypeError:
-            frame = running(sys._getframe(1))
+            frame = users_frame(sys._getframe(1))
             passes = None if frame is None else passing(frame)
             if passes is None:
                 raise

@@ -29,11 +29,12 @@ def user_line(frame: types.FrameType | None) -> str:
     return inner
 
 
-def running(frame: types.FrameType | None) -> types.FrameType | None:
-    """The innermost frame outside torch.fx and this package."""
+def users_frame(frame: types.FrameType | None) -> types.FrameType | None:
+    """The innermost frame outside torch.fx and this package; None if it is torch's."""
     while frame is not None and frame.f_code.co_filename.startswith((_TORCH + "fx/", _HERE)):
         frame = frame.f_back
-    return frame
+    torchs = frame is None or frame.f_code.co_filename.startswith(_TORCH)
+    return None if torchs else frame
 
 
 def failed_at(error: BaseException) -> str:

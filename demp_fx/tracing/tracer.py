@@ -42,7 +42,7 @@ from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
-from demp_fx.tracing.source import failed_at, first_line, running, user_line
+from demp_fx.tracing.source import failed_at, first_line, user_line, users_frame
 from demp_fx.tracing.states import attributes, changed_attributes, written_attributes
 from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
@@ -193,7 +193,7 @@ class Tracer(Submodules):
             args, kwargs = in_place(runs, kwargs)
         name = getattr(target, "__name__", target)
         if name in NUMBERS and needs_numbers(name, args, kwargs, self.values):
-            frame = running(sys._getframe())
+            frame = users_frame(sys._getframe())
             if frame is None or not is_checked(frame):
                 raise TypeError(f"{name} needs the numbers in a tensor")
         if target is torch._assert and self.values.of(args[0]) is True:

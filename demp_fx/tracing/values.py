@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.shapes import SHAPES, shape_of
 from demp_fx.tracing.norms import PLAIN
+from demp_fx.trees import tensors_of
 
 # What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone,
 # unless the size is given by this name, or behind a number.
@@ -132,8 +133,8 @@ class Values(fx.Interpreter):
         value = self.of_node(node)
         if isinstance(value, torch.device):
             return torch.device("cpu")
-        data = any(isinstance(leaf, (Tensor, Unknown)) for leaf in pytree.tree_leaves(value))
-        if isinstance(value, torch.dtype) or (sized and not data):
+        told = not isinstance(value, Unknown) and not tensors_of(value)
+        if isinstance(value, torch.dtype) or (sized and told):
             return value
         if node.op == "get_attr" and node.target not in self.state:
             return self.fetch_attr(str(node.target))  # a tensor that the code has made

@@ -68,6 +68,10 @@ FOUND = {
     "constants that meet a buffer in a product": """
         Net(blocks=(Tokens(inner=(Buffer(how='matrix'),)),), space=(6, 6), stem=6,
             kills=('columns', 'rows', 'bias'), fraction=0.8, cuts='always', seed=3219)""",
+    "constants in windows that are padded at other sizes": """
+        Net(blocks=(Pool(how='max'), Windows(shift=False, inner=(Attention(heads=1, size=1,
+                groups=1, kind='fused', product='sdpa', bias=False, extra='none'),))),
+            space=(5, 4), stem=2, head='mean', kills=('bias',), seed=113)""",
 }
 
 

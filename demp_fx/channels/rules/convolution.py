@@ -62,10 +62,15 @@ def dense(walk: Stream, call: Call) -> None:
     kernel, transposed = x.dim() - 2, call.args[6]
     a = Operand(x, "bi" + "?" * kernel)
     b = Operand(weight, ("io" if transposed else "oi") + "*" * kernel)
-    spatial = transposed or any(p != 0 for p in call.args[4])
+    spatial = transposed or _padded(walk, call)
     through = x if transposed else call.outputs[0]
     macs = (weight.numel() // weight.size(0)) * through.numel()
     meet(walk, call, a, b, "bo" + "." * kernel, bias, spatial, macs)
+
+
+def _padded(walk: Stream, call: Call) -> bool:
+    """Whether there are zeros around this input, or may be around another one."""
+    return any(p != 0 for p in call.args[4]) or walk.running.sized
 
 
 def _set_aside(walk: Stream, call: Call) -> Labels:
@@ -132,7 +137,7 @@ def depthwise(walk: Stream, call: Call) -> None:
     seen = walk.value(x).facts
     if walk.with_facts and offset is not None:
         before = seen.along(1, size) if seen is not None else None
-        facts = _channelwise(walk, weight, before, offset, times, any(p != 0 for p in call.args[4]))
+        facts = _channelwise(walk, weight, before, offset, times, _padded(walk, call))
     walk.give(out, tuple(labels), None if facts is None else facts.spread(rank, 1))
 
 
@@ -198,10 +203,7 @@ def grouped(walk: Stream, call: Call) -> None:
         walk.system.link(block, gate, call.site)
     first, second = (ins, outs) if transposed else (outs, ins)
     walk.system.groupings.append(Grouping(name, first, second, consumer))
-    silent = None
-    facts = walk.value(x).facts
-    if walk.with_facts and facts is not None:
-        silent = zero_at(facts, along(source, x.dim(), 1)).reshape(-1)
+    silent = _unheard(walk, x, weight, source, groups, transposed) if walk.with_facts else None
     walk.system.flow.append(
         Read(source, (produced,), None, silent, None, 0, weight.numel(), call.site,
              gate.repeat_interleave(ins.size(1)))
@@ -212,6 +214,25 @@ def grouped(walk: Stream, call: Call) -> None:
         known = (_silent(walk, weight, groups, offset) if transposed
                  else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
     walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
+
+
+def _unheard(
+    walk: Stream, x: Tensor, weight: Tensor, source: Tensor, groups: int, transposed: bool
+) -> Tensor | None:
+    """Inputs that are zero, or that no filter of their block hears."""
+    facts, real = walk.value(x).facts, walk.value(weight).data
+    zero = None if facts is None else zero_at(facts, along(source, x.dim(), 1)).reshape(-1)
+    if real is None or real.is_meta:
+        return zero
+    if transposed:
+        unheard = walk.empty(real, 0)
+    else:
+        columns = real.unflatten(0, (groups, -1)).transpose(1, 2)  # by block: inputs, then filters
+        empty = columns[:, :, 0].flatten(2).eq(0).all(2)
+        if bool(empty.any()):  # the first filter tells of most that they are not
+            empty = columns.flatten(2).eq(0).all(2)
+        unheard = empty.reshape(-1).cpu()
+    return zero if unheard is None else unheard if zero is None else zero | unheard
 
 
 def _silent(walk: Stream, weight: Tensor, groups: int, offset: Tensor) -> Facts | None:

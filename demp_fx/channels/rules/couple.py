@@ -159,15 +159,16 @@ def _constants(
     moved_facts = facts.map(shift)
     if keeps == "zero" or call.arg("divisor_override") is not None:
         return Facts.of(moved_facts.zero, moved_facts.values)
-    profile = walk.profile() if keeps == "average" and _uneven(call) else 0
+    profile = walk.profile() if keeps == "average" and _uneven(walk, call) else 0
     return Facts.of(moved_facts.flat, moved_facts.values, profile)
 
 
-def _uneven(call: Call) -> bool:
-    """Average pooling that counts zeros beyond the border."""
+def _uneven(walk: Stream, call: Call) -> bool:
+    """Average pooling that counts zeros beyond the border, of this input or another one."""
     padding = call.arg("padding") or [0]
     padding = [padding] if isinstance(padding, int) else padding
-    return any(p != 0 for p in padding) and bool(call.arg("count_include_pad"))
+    padded = any(p != 0 for p in padding) or walk.running.sized
+    return padded and bool(call.arg("count_include_pad"))
 
 
 def embedding(walk: Stream, call: Call) -> None:

@@ -60,6 +60,8 @@ def move(walk: Stream, call: Call) -> None:
     walk.moves += 1
     results = [apply(label) for label in value.labels]
     known = value.facts
+    if known is not None and not _stays_in_place(call, known):
+        known = Facts.of(known.flat, known.values)
     real: list[Tensor | None] = [None] * len(call.outputs)
     if value.data is not None and call.op.is_view:
         with suppress(RuntimeError):  # of a copy that is laid out as it need not be here
@@ -127,6 +129,15 @@ def _run(old: Tensor, new: Tensor) -> bool:
     """`new` is a contiguous run of `old`."""
     start = int((old == new[0]).nonzero()[0])
     return _equal(old[start : start + new.numel()], new)
+
+
+def _stays_in_place(call: Call, facts: Facts) -> bool:
+    """Whether constants that are other ones in each place, if there are any, are left where they
+    are, as parts of the channels do."""
+    name = call.op._schema.name
+    if name in ("aten::alias", "aten::detach") or not bool(facts.profile.any()):
+        return True
+    return name in PARTS and facts.aligned(call.args[0].dim()).known.size(call.arg("dim") or 0) > 1
 
 
 def _facts(facts: Facts | None, apply: Callable[[Tensor], list[Tensor]]) -> list[Facts] | None:

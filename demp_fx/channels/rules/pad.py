@@ -22,10 +22,10 @@ def pad(walk: Stream, call: Call) -> None:
     """Padding of dims without channels leaves labels alone; on others, it makes channels."""
     x, out, rank = call.args[0], call.outputs[0], call.args[0].dim()
     amounts: list[int] = call.args[1]
-    ends: Ends = {
+    named: Ends = {
         rank - 1 - k // 2: (n, amounts[k + 1]) for k, n in enumerate(amounts) if k % 2 == 0
     }
-    ends = {d: both for d, both in ends.items() if any(both)}
+    ends = {d: both for d, both in named.items() if any(both)}
     labels, grown = [], set()
     for label in walk.value(x).labels:
         met = ends.keys() & set(varying(label))
@@ -39,9 +39,12 @@ def pad(walk: Stream, call: Call) -> None:
             walk.pin(call, label, "padding adds channels")
     fill: Any = call.arg("value") or 0.0
     facts = walk.value(x).facts if walk.with_facts else None
-    if ends.keys() - grown:  # known in every place only where all are alike
+    uneven = ends.keys() - grown
+    if walk.running.sized:  # more may be padded on to another input, but no channels
+        uneven |= named.keys() - {d for label in walk.value(x).labels for d in varying(label)}
+    if uneven:  # known in every place only where all are alike
         facts = Facts.of(facts.zero, facts.values) if facts is not None and fill == 0.0 else None
-        if facts is not None and any(facts.known.size(d) > 1 for d in ends.keys() - grown):
+        if facts is not None and any(facts.known.size(d) > 1 for d in uneven):
             facts = None
     constant = Facts.exactly(torch.tensor(fill, dtype=out.dtype)).aligned(rank)
     for d in grown if walk.with_facts else ():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from demp_fx.channels.blanks import adopt, adopts, origin, stays_blank
 from demp_fx.channels.blocks import outer_to_inner, rows_of
-from demp_fx.channels.facts import Facts, same_place
+from demp_fx.channels.facts import Facts, agreed, same_place
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.channels.rules.signs import never_positive, rectified
 from demp_fx.channels.stream import Rule, Stream
@@ -287,11 +287,14 @@ def copy(walk: Stream, call: Call) -> None:
 
 
 def overwrite(walk: Stream, call: Call) -> None:
-    """`x.copy_(source)`: elementwise, and nothing of what `x` held is left."""
+    """`x.copy_(source)`: elementwise. Nothing of what `x` held is left, though another input may
+    leave some (`x[:, :length] = source`)."""
     out, source = call.args[:2]
     labels = aligned(walk, call, out)
-    facts = walk.value(source).facts if walk.with_facts else None
+    facts, before = walk.value(source).facts if walk.with_facts else None, walk.value(out).facts
     facts = _rounded(facts, out) if out.dtype != source.dtype else facts
+    if walk.running.sized and facts is not None:
+        facts = None if before is None else agreed(before, facts)
     walk.give(out, labels, None if facts is None else facts.aligned(out.dim()))
 
 
