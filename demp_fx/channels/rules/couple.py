@@ -129,9 +129,8 @@ def _needed(
 ) -> None:  # fmt: skip
     """All channels on a dim are needed for any of the result; nobody misses zeros in a sum."""
     walk.opens = walk.splits = True
-    if _inert(walk, call) and facts is not None:
-        label = label[~zero_at(facts, label)]
-    walk.pin(call, label, reason, tuple(x for x in labels if x.numel()))
+    zero = zero_at(facts, label) if facts is not None and _inert(walk, call) else None
+    walk.pin(call, label, reason, tuple(x for x in labels if x.numel()), zero)
 
 
 def _constants(

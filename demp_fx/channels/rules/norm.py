@@ -185,8 +185,8 @@ def _over_channels(
     mixed = [label for label in labels if set(varying(label)) & set(dims)]
     facts = walk.value(x).facts if walk.with_facts and walk.running.counted else None
     for label in mixed:
-        needed = label if facts is None else label[~zero_at(facts, label)]
-        walk.pin(call, needed, reason, tuple(labels))
+        zero = None if facts is None else zero_at(facts, label)
+        walk.pin(call, label, reason, tuple(labels), zero)
     single = len(mixed) == 1 and len(varying(mixed[0])) == 1
     atoms = mixed[0].reshape(-1) if single else None
     _follow(walk, call, parameters, atoms, reason)
