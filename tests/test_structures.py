@@ -392,3 +392,38 @@ def test_channels_that_are_flattened_with_the_places_of_a_grid_go(shift: float) 
     narrow = demp_fx.compile(net, x[:1]).module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("b.weight").size(1) < 7 * 5
+
+
+@pytest.mark.parametrize("cuts", ["always", "never"])
+def test_channels_that_are_joined_with_an_image_are_cut_behind_the_norm_of_both(cuts: Cuts) -> None:
+    """The image's channels have no name until a scale gives them one: from there on, one reader
+    may do without what another one needs."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(11)
+            self.a, self.other, self.b = (
+                nn.Conv2d(11, 4, 1),
+                nn.BatchNorm2d(11),
+                nn.Conv2d(11, 4, 1),
+            )
+            with torch.no_grad():
+                self.norm.weight[0] = self.norm.bias[0] = 0
+                self.a.weight[:, 1:4] = 0
+                self.other.weight[4:9], self.other.bias[4:9] = 0, 0
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.norm(torch.cat([self.stem(image), image], 1)).relu()
+            y: Tensor = self.a(x) + self.b(self.other(F.max_pool2d(x, 1)))
+            return y
+
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(4, 3, 6, 6).double()
+    narrow = demp_fx.compile(net, x, cuts=cuts).module
+    for train in (False, True):
+        assert relative_error(narrow.train(train)(x), net.train(train)(x)) <= 1e-12
+    assert len(narrow.get_parameter("norm.weight")) == 10
+    if cuts == "always":
+        assert narrow.get_parameter("a.weight").shape[1] == 7
+        assert narrow.get_parameter("other.weight").shape == (5,)
