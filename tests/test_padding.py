@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -89,6 +90,60 @@ def test_ones_that_are_padded_on_are_folded() -> None:
     model = Residual(SHORTCUTS["pad_ones"], ALL)
     narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8).double(), cuts="never").module
     assert narrow.get_parameter("next.weight").shape[1] < 9
+
+
+def even(size: int) -> int:
+    """How much is missing to windows of three, two apart, as "same" padding has it."""
+    return max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+
+
+LOW = -math.inf
+MARGINS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "same": (lambda x: F.max_pool2d(F.pad(x, (0, even(x.size(3)), 0, even(x.size(2))), value=LOW),
+                                    3, 2), True),
+    "both_ends": (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-1e4), 3), True),
+    "of_zeros": (lambda x: F.max_pool2d(F.pad(x.relu(), (1, 0, 0, 0)), (3, 2)), True),
+    "the_pool_pads_too": (lambda x: F.max_pool2d(F.pad(x, (1,) * 4, value=LOW), 3, padding=1),
+                          True),
+    "not_so_low": (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=0.7), 3), False),
+    "all_margin": (lambda x: F.max_pool2d(F.pad(x, (3, 0, 0, 0), value=-5.0), 3), False),
+    "all_margin_together": (lambda x: F.max_pool2d(F.pad(x, (2,) * 4, value=-5.0), 3, padding=1),
+                            False),
+    "all_margin_at_another_size": (lambda x: F.max_pool2d(
+        F.pad(x, (x.size(3) - 7, 0, 0, 0), value=-5.0), 2), False),
+    "larger_than_the_rest": (lambda x: F.max_pool2d(
+        F.pad(x, (1, 1, 1, 1), value=-5.0), 2, dilation=2), False),
+    "samples": (lambda x: F.max_pool2d(F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1), value=-5.0), 2), False),
+    "summed": (lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), value=-5.0), 3), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_windows_that_reach_beyond_a_margin(name: str) -> None:
+    """The largest of a window is what is known of a channel if the margin is below it, and no
+    window all margin."""
+    pool, known = MARGINS[name]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.head = nn.Conv2d(8, 4, 1)
+            with torch.no_grad():
+                self.norm.weight[:4] = 0
+                self.norm.bias[:4] = torch.tensor([0.0, 0.0, 0.5, 0.5])
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(pool(self.norm(self.stem(x))))
+            return out
+
+    torch.manual_seed(0)
+    net = Net().double().eval()
+    narrow = demp_fx.compile(net, torch.randn(2, 3, 8, 8).double()).module
+    for side in (8, 9, 11):
+        x = torch.randn(2, 3, side, side).double()
+        torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("head.weight").shape[1] == (4 if known else 8)
 
 
 @pytest.mark.parametrize("ends", [(0, 1), (1, 0), (2, 1)])

@@ -440,3 +440,84 @@ def test_channels_that_are_flattened_with_the_places_of_a_grid_go(shift: float) 
     narrow = demp_fx.compile(net, x[:1]).module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("b.weight").size(1) < 7 * 5
+
+
+@pytest.mark.parametrize("cuts", ["always", "never"])
+def test_channels_that_are_joined_with_an_image_are_cut_behind_the_norm_of_both(cuts: Cuts) -> None:
+    """The image's channels have no name until a scale gives them one: from there on, one reader
+    may do without what another one needs."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(11)
+            self.a, self.other, self.b = (
+                nn.Conv2d(11, 4, 1),
+                nn.BatchNorm2d(11),
+                nn.Conv2d(11, 4, 1),
+            )
+            with torch.no_grad():
+                self.norm.weight[0] = self.norm.bias[0] = 0
+                self.a.weight[:, 1:4] = 0
+                self.other.weight[4:9], self.other.bias[4:9] = 0, 0
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.norm(torch.cat([self.stem(image), image], 1)).relu()
+            y: Tensor = self.a(x) + self.b(self.other(F.max_pool2d(x, 1)))
+            return y
+
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(4, 3, 6, 6).double()
+    narrow = demp_fx.compile(net, x, cuts=cuts).module
+    for train in (False, True):
+        assert relative_error(narrow.train(train)(x), net.train(train)(x)) <= 1e-12
+    assert len(narrow.get_parameter("norm.weight")) == 10
+    if cuts == "always":
+        assert narrow.get_parameter("a.weight").shape[1] == 7
+        assert narrow.get_parameter("other.weight").shape == (5,)
+
+
+@pytest.mark.parametrize("cuts", ["always", "pays", "never"])
+@pytest.mark.parametrize("order", ["as they are", "mixed", "some"])
+def test_layers_that_pick_of_all_features_so_far(order: str, cuts: Cuts) -> None:
+    """Channels are named by their numbers, also where these are all of them in their order; the
+    features of all layers are joined, and each reader needs others of them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.side = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
+            self.read = nn.Conv2d(40, 4, 1)
+            sizes = [8 * k // (2 if order == "some" else 1) for k in (1, 2, 3, 4)]
+            self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in sizes)
+            self.layers = nn.ModuleList(nn.Conv2d(n, 8, 1) for n in sizes)
+            with torch.no_grad():
+                self.read.weight[:, torch.randperm(40)[:20]] = 0
+                for k, norm in enumerate(self.norms):
+                    n = 8 * (k + 1)
+                    picked = torch.arange(n) if order == "as they are" else torch.randperm(n)
+                    self.register_buffer(f"index{k}", picked[: sizes[k]].clone())
+                    dead = torch.randperm(sizes[k])[: sizes[k] // 2]
+                    norm.weight[dead] = norm.bias[dead] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            sides = []
+            for k, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+                picked = torch.index_select(x, 1, self.get_buffer(f"index{k}"))
+                y = layer(norm(picked).relu())
+                sides.append(self.side(y))
+                x = torch.cat([x, y], 1)
+            out: Tensor = self.read(x) + sum(sides)
+            return out
+
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(4, 3, 6, 6).double()
+    result = demp_fx.compile(net, x, cuts=cuts)
+    narrow = result.module
+    for train in (False, True):
+        assert relative_error(narrow.train(train)(x), net.train(train)(x)) <= 1e-12
+    assert not any("another size" in pin.reason for pin in result.report.pinned)
+    if cuts == "always":
+        for k, norm in enumerate(net.norms):
+            assert len(narrow.get_parameter(f"norms.{k}.weight")) == len(norm.weight) // 2

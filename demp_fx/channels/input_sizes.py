@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from demp_fx.calls import ASKS, called
 
@@ -46,3 +48,22 @@ class InputSizes:
             return False
         dims = range(value.dim()) if dim is None else (dim % value.dim(),)
         return not set(dims) <= self.channels(source)
+
+
+def at_larger(env: Mapping[fx.Node, Any], given: Any, more: int) -> Any:
+    """What would be `given`, nodes and numbers, if all sizes that the code asks for were larger."""
+
+    def found(node: fx.Node) -> Any:
+        value = env[node]
+        if isinstance(value, Tensor) or not node.all_input_nodes:
+            return value
+        if called(node) in ASKS:
+            sizes = [n + more for n in (value if isinstance(value, tuple) else (value,))]
+            return torch.Size(sizes) if isinstance(value, tuple) else sizes[0]
+        args, kwargs = map_arg((node.args, node.kwargs), found)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        run: Any = node.target
+        return run(*args, **kwargs)
+
+    return map_arg(given, found)

@@ -150,7 +150,7 @@ class Places(Stream):
         alias.__dict__["demp"] = Value(
             tuple(labels), value.facts, None, value.version,
             shares=value.shares, table=value.table,
-            never_negative=value.never_negative, positive=value.positive,
+            never_negative=value.never_negative, positive=value.positive, inside=value.inside,
         )  # fmt: skip
         return alias
 

@@ -8,6 +8,7 @@ nobody needs fills them up.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
@@ -114,13 +115,15 @@ class _Draft:
     """A solution on its way, by classes.
 
     What stays is `keep` and `fill`: what is needed, and what only fills a block, with zeros or
-    constants that an edge supplies. `supplied`: the classes that can be such.
+    constants that an edge supplies, or an axis that nobody reads. `supplied`: the classes that can
+    be the first; `idle`: those that are the second.
     """
 
     merged: Indices
     keep: Mask
     fill: Mask
     supplied: Mask
+    idle: Mask
     revived: list[Axis] = field(default_factory=list)
 
     def kept(self, classes: Indices) -> Mask:
@@ -131,6 +134,12 @@ class _Draft:
     def present(self) -> Mask:
         present: Mask = (self.keep | self.fill)[self.merged]
         return present
+
+    def revive(self, one: int) -> bool:
+        """Keep a class that nobody reads, whatever it holds; whether that is new."""
+        new = not (self.keep[one] or self.fill[one])
+        self.fill[one] = self.idle[one] = True
+        return new
 
     def add(self, classes: Indices) -> bool:
         """Keep what nobody needs: as zeros where an edge supplies it, else as it is; whether that
@@ -161,6 +170,7 @@ class Solver:
         self.inside = self._runs([a for _, outs, needs, _ in self.steps for a in (*outs, needs)])
         self.edges = system.edges
         self.open = np.array([e.kind != "gather" for e in self.edges], dtype=np.bool_)
+        self.gathered = np.repeat(~self.open, [e.source.numel() for e in self.edges])
         self.sources = self._runs([e.source for e in self.edges])
         self.targets = self._runs([e.target for e in self.edges])
         elsewhere = np.ones(system.atoms, dtype=np.bool_)
@@ -182,6 +192,21 @@ class Solver:
         # the same ones are met by every op on their way
         self.blocks = list({(b.shape, b.tobytes()): b for b in blocks}.values())
 
+    @functools.cached_property
+    def readers(self) -> list[tuple[list[Indices], Indices, Indices | None]]:
+        """The outputs, inputs and gate of all that computes with several channels at once."""
+        number = self.number
+        found: list[tuple[list[Indices], Indices, Indices | None]] = []
+        for read in self.system.reads:
+            gate = None if read.gate is None else number[read.gate.numpy()]
+            outputs = [number[o.numpy()] for o in read.outputs]
+            found.append((outputs, number[read.inputs.numpy()], gate))
+        for pin in self.system.pins:
+            if pin.spared is not None:
+                outputs = [number[o.numpy()] for o in pin.outputs]
+                found.append((outputs, number[pin.spared.numpy()], None))
+        return found
+
     def solve(self, hard: Set[int] = frozenset()) -> Solution:
         """The least fixpoint, those edges closed whose ids are `hard`."""
         merged = np.arange(self.classes)
@@ -193,11 +218,12 @@ class Solver:
         keep = np.zeros(self.classes, dtype=np.bool_)
         keep[0] = True
         keep[merged[self.pinned]] = True
-        draft = _Draft(merged, keep, np.zeros_like(keep), self._supplied(merged, closed))
+        fill, idle = np.zeros_like(keep), np.zeros_like(keep)
+        draft = _Draft(merged, keep, fill, self._supplied(merged, closed), idle)
         steps = self._steps(merged, hard)
         while True:
             _propagate(steps, keep)
-            completing = (self._multiply, self._revive, self._complete, self._carry)
+            completing = (self._multiply, self._revive, self._complete, self._carry, self._rely)
             if not any(step(draft) for step in completing):
                 present = draft.present()
                 mask = torch.from_numpy(present[self.number])
@@ -245,11 +271,13 @@ class Solver:
         return ~made
 
     def _revive(self, draft: _Draft) -> bool:
-        """Keep one channel of every axis: torch refuses layers of width zero. Where nothing
-        needs to cross an edge, one of the channels behind it does."""
+        """Keep one channel of every axis: torch refuses layers of width zero. It has to cross all
+        gathers, and where nothing needs to cross another edge, one channel behind it does."""
         kept, found = draft.present(), False
         if self.edges:
             before, after = kept[self.sources.at], kept[self.targets.at]
+            for k in self.sources.at[after & ~before & self.gathered].tolist():
+                found |= draft.revive(draft.merged[k])
             crossed, behind = (
                 np.logical_or.reduceat(side, self.targets.ends[:-1])
                 for side in (before & after, after)
@@ -258,16 +286,35 @@ class Solver:
                 source = self.sources.part(k)
                 wanted = draft.kept(self.targets.part(k))
                 if not (wanted & draft.kept(source)).any():
-                    draft.keep[draft.merged[source[wanted][0]]] = found = True
+                    found |= draft.revive(draft.merged[source[wanted][0]])
             if found:
                 kept = draft.present()
         alive = np.logical_or.reduceat(kept[self.along.at], self.along.ends[:-1])
         for k in np.flatnonzero(~alive).tolist():
-            first, found = draft.merged[self.along.part(k)[0]], True
-            if not draft.keep[first]:
-                draft.keep[first] = True
+            found = True
+            if draft.revive(draft.merged[self.along.part(k)[0]]):
                 draft.revived.append(self.axes[k])
         return found
+
+    def _rely(self, draft: _Draft) -> bool:
+        """What was kept for its axis has to hold what it always held, where that is computed with:
+        it was zero, say, and could have gone."""
+        if not draft.idle.any():
+            return False
+        relied = []
+        for outputs, inputs, gate in self.readers:
+            here = draft.idle[draft.merged[inputs]]
+            if not here.any() or not all(draft.keep[draft.merged[o]].any() for o in outputs):
+                continue
+            if gate is not None:
+                here &= draft.keep[draft.merged[gate]]
+            relied.append(draft.merged[inputs[here]])
+        before, behind = draft.merged[self.sources.at], draft.merged[self.targets.at]
+        relied.append(before[draft.idle[before] & draft.keep[behind]])
+        needed = np.concatenate(relied)
+        draft.keep[needed] = True
+        draft.idle[needed] = False
+        return bool(needed.size)
 
     def _multiply(self, draft: _Draft) -> bool:
         """Keep the cells all of whose sides stay."""

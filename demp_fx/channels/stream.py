@@ -289,8 +289,14 @@ class Stream(TorchDispatchMode):
     ) -> None:  # fmt: skip
         """Set what is known of an op's result; `moved`: it is a view, and writes nothing.
 
-        Of complex numbers only zeros are followed: constants are real.
+        Of complex numbers only zeros are followed: constants are real. A single channel is on no
+        axis that could get narrower: it stays.
         """
+        if any(label.numel() == 1 for label in labels):
+            for label in labels:
+                if label.numel() == 1:
+                    self.system.pin(label, STRUCTURE, self.site)
+            labels = tuple(label for label in labels if label.numel() > 1)
         if facts is not None and out.is_complex():
             facts = Facts.of(facts.zero, facts.values)
         out.__dict__["demp"] = Value(labels, facts, data, self.version(out))
@@ -341,9 +347,13 @@ class Stream(TorchDispatchMode):
         such a one (or takes a view of it)."""
         return self.running.makers.get(memory_of(weight))
 
-    def pin(self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = ()) -> None:
-        """Keep the atoms of a label, because of this call (while it computes any of `outputs`)."""
-        self.system.pin(label, reason, call.site, outputs)
+    def pin(
+        self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = (),
+        zero: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Keep the atoms of a label, but for those that are `zero`, because of this call (while it
+        computes any of `outputs`)."""
+        self.system.pin(label, reason, call.site, outputs, zero)
 
     def profile(self) -> int:
         """The number of a new spatial map."""

@@ -73,12 +73,14 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """These atoms stay: always, or while each of `outputs` has a survivor."""
+    """These atoms stay: always, or while each of `outputs` has a survivor. `spared`: those that may
+    go, as they are zero."""
 
     atoms: Tensor
     reason: str
     site: Site
     outputs: tuple[Tensor, ...] = ()
+    spared: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,8 +329,14 @@ class System:
         tied = (a != 0) & (b != 0) & (a != b)
         self.ties = a[tied], b[tied]
 
-    def pin(self, atoms: Tensor, reason: str, site: Site, outputs: tuple[Tensor, ...] = ()) -> None:
-        """Keep `atoms` (while each of `outputs` has a survivor), and say why."""
-        atoms = atoms.reshape(-1)
-        if atoms.numel():
-            self.pins.append(Pin(atoms, reason, site, tuple(o.reshape(-1) for o in outputs)))
+    def pin(
+        self, atoms: Tensor, reason: str, site: Site, outputs: tuple[Tensor, ...] = (),
+        zero: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Keep `atoms`, but for those that are `zero` (while each of `outputs` has a survivor), and
+        say why."""
+        outputs = tuple(o.reshape(-1) for o in outputs)
+        if zero is not None:
+            self.pins.append(Pin(atoms[~zero], reason, site, outputs, atoms[zero]))
+        elif atoms.numel():
+            self.pins.append(Pin(atoms.reshape(-1), reason, site, outputs))

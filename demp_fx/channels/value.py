@@ -16,6 +16,15 @@ from demp_fx.channels.system import Site
 from demp_fx.trees import tensors_of
 
 
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """Facts that hold but for margins of `fill`, by dim: as long at either end at most."""
+
+    facts: Facts
+    fill: float
+    margins: dict[int, int]
+
+
 @dataclass(slots=True)
 class Value:
     """What the walk knows of one tensor.
@@ -27,7 +36,8 @@ class Value:
     an image or a part of; `parts`: which dim of that each of its own comes from, and from which
     places on it; `lost`: those of that which it has not got. `table`: it is computed of parameters
     and buffers alone. `never_negative`: no element ever is, `positive`: all are above zero;
-    `never_positive`: those that never are, a mask that broadcasts.
+    `never_positive`: those that never are, a mask that broadcasts. `inside`: what was known of it
+    before it was padded.
     """
 
     labels: Labels = ()
@@ -45,6 +55,7 @@ class Value:
     never_negative: bool = False
     positive: bool = False
     never_positive: Tensor | None = None
+    inside: Inside | None = None
 
     @property
     def facts(self) -> Facts | None:

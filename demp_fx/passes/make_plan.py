@@ -78,10 +78,9 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
 
 def _planned(walked: Walk, plan: PruningPlan) -> dict[str, Tensor]:
     """What each node of the narrow graph should give, if it is a tensor."""
-    wide = {gather.producer for gather in plan.gathers}  # may be concats, gathered behind
     planned: dict[str, Tensor] = {}
     for node, value in walked.env.items():
-        if isinstance(value, Tensor) and node.name not in wide:
+        if isinstance(value, Tensor):
             new = plan.nodes.get(node.name)
             shape = [(new or {}).get(d, n) for d, n in enumerate(value.shape)]
             planned[node.name] = (

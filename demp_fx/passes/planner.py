@@ -268,7 +268,7 @@ class _Planner:
                 continue
             for edge in edges:
                 layouts.setdefault((edge.producer, edge.dim), kept(edge.source))
-            self._join(node, edges, layouts, wanted)
+            self._join(plan, node, edges, layouts, wanted)
             for edge in edges:
                 if edge.kind == "spread":
                     plan.spreads += self._spread(node, edge)
@@ -285,8 +285,8 @@ class _Planner:
                 )
 
     def _join(
-        self, node: fx.Node, edges: list[Edge], layouts: dict[tuple[str, int], Tensor],
-        wanted: dict[tuple[str, str, int], Tensor],
+        self, plan: PruningPlan, node: fx.Node, edges: list[Edge],
+        layouts: dict[tuple[str, int], Tensor], wanted: dict[tuple[str, str, int], Tensor],
     ) -> None:  # fmt: skip
         """Gathers in front of a concat become one behind it; not where what it has made is then
         written into while others read it, as that would go to a copy."""
@@ -304,12 +304,13 @@ class _Planner:
         parts = [
             layouts.get((p.name, dim), _mask(self.masks(p), self.walk.env[p], dim)) for p in pieces
         ]
-        layouts[node.name, dim] = torch.cat(parts)
+        layout = layouts[node.name, dim] = torch.cat(parts)
+        plan.nodes[node.name] = {**plan.nodes.get(node.name, {}), dim: int(layout.sum())}
         for key in keys:
             wanted[key] = layouts[key[0], dim]
         own = _mask(self.masks(node), self.walk.env[node], dim)
         for user in node.users:
-            if called(user) not in SIZES:
+            if called(user) not in SIZES and user not in self.dropped:
                 wanted.setdefault((node.name, user.name, dim), own)
 
     def _spread(self, node: fx.Node, edge: Edge) -> list[Spread]:

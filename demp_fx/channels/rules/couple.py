@@ -129,9 +129,8 @@ def _needed(
 ) -> None:  # fmt: skip
     """All channels on a dim are needed for any of the result; nobody misses zeros in a sum."""
     walk.opens = walk.splits = True
-    if _inert(walk, call) and facts is not None:
-        label = label[~zero_at(facts, label)]
-    walk.pin(call, label, reason, tuple(x for x in labels if x.numel()))
+    zero = zero_at(facts, label) if facts is not None and _inert(walk, call) else None
+    walk.pin(call, label, reason, tuple(x for x in labels if x.numel()), zero)
 
 
 def _constants(
@@ -215,10 +214,8 @@ def unpool(walk: Stream, call: Call) -> None:
 POOLS = {f"aten::{name}{n}d": couple(trailing(n), name, keeps)
          for n in (1, 2, 3)
          for name, keeps in (("avg_pool", "average"), ("_adaptive_avg_pool", "all"),
-                             ("adaptive_avg_pool", "all"), ("adaptive_max_pool", "all"),
-                             ("max_pool", "all"))}  # fmt: skip
-WITH_INDICES = {f"aten::max_pool{n}d_with_indices": couple(trailing(n), "max_pool", "all")
-                for n in (2, 3)}  # fmt: skip
+                             ("adaptive_avg_pool", "all"),
+                             ("adaptive_max_pool", "all"))}  # fmt: skip
 UPSAMPLE = {f"aten::{name}{n}d": couple(trailing(n), name, "all")
             for n in (1, 2, 3)
             for name in ("upsample_nearest", "_upsample_nearest_exact", "upsample_linear",
@@ -237,7 +234,7 @@ OTHERS = {f"aten::{name}": couple(named, name, None)
                        "_log_softmax", "argmax", "argmin", "all")}  # fmt: skip
 
 RULES: dict[str, Rule] = {
-    **POOLS, **WITH_INDICES, **UPSAMPLE, **AA, **MEANS, **SUMS, **OTHERS,
+    **POOLS, **UPSAMPLE, **AA, **MEANS, **SUMS, **OTHERS,
     **dict.fromkeys(("aten::embedding", "aten::_embedding_bag",
                      "aten::_embedding_bag_forward_only"), embedding),
     **dict.fromkeys(("aten::grid_sampler_2d", "aten::grid_sampler_3d"), sample),

@@ -106,8 +106,8 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
     if name == "aten::slice" and (call.arg("step") or 1) != 1:
         return _equal(old, new)
     if width == (1, 1):
-        if _equal(old, new):
-            return True
+        if _equal(old, new):  # numbers that name all of them do not follow
+            return name not in PICKS or not _picked(call) & set(varying(before))
         if name in SLICES:
             walk.sliced.add(call.site.node)
             walk.opens |= repeats(before)  # its parts have channels in common
@@ -119,6 +119,14 @@ def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:
     walk.splits |= width[0] == 1
     walk.opens |= width[1] == 1
     return nested(after) is not None
+
+
+def _picked(call: Call) -> set[int]:
+    """The dims along which an index picks."""
+    given = call.args[1]
+    if isinstance(given, int):
+        return {given % call.args[0].dim()}
+    return {d for d, index in enumerate(given) if index is not None}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import Labels, varying
+from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.couple import couple
 from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.stream import Rule, Stream
@@ -42,7 +42,10 @@ def batch_norm(walk: Stream, call: Call) -> None:
             continue
         for label in walk.value(t).labels:
             if (1,) in merged:
-                walk.system.same(merged[(1,)], label, call.site)
+                line = merged[(1,)]
+                walk.system.same(line, label, call.site)
+                if not bool(line.all()):  # joined with an image, say: here all have a name
+                    merged[(1,)] = along(label.reshape(-1), rank, 1)
             elif x.size(1) > 1:
                 walk.pin(call, label, "normalises channels that no parameter makes")
     labels: Labels = (*merged.values(), *mixed)
@@ -185,8 +188,8 @@ def _over_channels(
     mixed = [label for label in labels if set(varying(label)) & set(dims)]
     facts = walk.value(x).facts if walk.with_facts and walk.running.counted else None
     for label in mixed:
-        needed = label if facts is None else label[~zero_at(facts, label)]
-        walk.pin(call, needed, reason, tuple(labels))
+        zero = None if facts is None else zero_at(facts, label)
+        walk.pin(call, label, reason, tuple(labels), zero)
     single = len(mixed) == 1 and len(varying(mixed[0])) == 1
     atoms = mixed[0].reshape(-1) if single else None
     _follow(walk, call, parameters, atoms, reason)

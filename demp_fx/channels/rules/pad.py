@@ -4,6 +4,8 @@ constant: as many of them stay as somebody needs."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,20 +13,19 @@ from torch import Tensor
 
 from demp_fx.channels.blocks import outer_to_inner
 from demp_fx.channels.facts import Facts, joined
+from demp_fx.channels.input_sizes import at_larger
 from demp_fx.channels.labels import along, varying
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.value import Call
+from demp_fx.channels.value import Call, Inside
 
+MANY = 64  # sizes, beyond any stride
 Ends = dict[int, tuple[int, int]]  # by dim: how much is padded on before it, and behind it
 
 
 def pad(walk: Stream, call: Call) -> None:
     """Padding of dims without channels leaves labels alone; on others, it makes channels."""
     x, out, rank = call.args[0], call.outputs[0], call.args[0].dim()
-    amounts: list[int] = call.args[1]
-    named: Ends = {
-        rank - 1 - k // 2: (n, amounts[k + 1]) for k, n in enumerate(amounts) if k % 2 == 0
-    }
+    named = _ends(call.args[1], rank)
     ends = {d: both for d, both in named.items() if any(both)}
     labels, grown = [], set()
     for label in walk.value(x).labels:
@@ -38,7 +39,7 @@ def pad(walk: Stream, call: Call) -> None:
         else:
             walk.pin(call, label, "padding adds channels")
     fill: Any = call.arg("value") or 0.0
-    facts = walk.value(x).facts if walk.with_facts else None
+    facts = before = walk.value(x).facts if walk.with_facts else None
     uneven = ends.keys() - grown
     if walk.running.sized:  # more may be padded on to another input, but no channels
         uneven |= named.keys() - {d for label in walk.value(x).labels for d in varying(label)}
@@ -48,9 +49,34 @@ def pad(walk: Stream, call: Call) -> None:
             facts = None
     constant = Facts.exactly(torch.tensor(fill, dtype=out.dtype)).aligned(rank)
     for d in grown if walk.with_facts else ():
-        before, behind = ends[d]
-        facts = joined([constant, facts, constant], [before, x.size(d), behind], rank, d)
+        first, last = ends[d]
+        facts = joined([constant, facts, constant], [first, x.size(d), last], rank, d)
     walk.give(out, tuple(labels), facts)
+    if before is not None and not grown:
+        margins = _margins(walk, named, rank)
+        walk.value(out).inside = None if margins is None else Inside(before, fill, margins)
+
+
+def _ends(amounts: Sequence[int], rank: int) -> Ends:
+    """The last dim's two amounts come first."""
+    pairs = zip(amounts[::2], amounts[1::2], strict=True)
+    return {rank - 1 - k: both for k, both in enumerate(pairs)}
+
+
+def _margins(walk: Stream, ends: Ends, rank: int) -> dict[int, int] | None:
+    """How much is padded on at either end at most: where that depends on sizes, at any of many.
+    None where it is not known."""
+    found = [ends]
+    if walk.running.sized:
+        node = walk.running.node
+        amounts = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else None)
+        with suppress(Exception):  # not all that makes numbers can be run again
+            larger = (at_larger(walk.running.env, amounts, n) for n in range(1, MANY))
+            found += [_ends(given, rank) for given in larger]
+        if len(found) < MANY:
+            return None
+    widest = {d: max(max(at[d]) for at in found) for d in ends}
+    return {d: width for d, width in widest.items() if width}
 
 
 def _grown(walk: Stream, call: Call, label: Tensor, dim: int, ends: tuple[int, int]) -> Tensor:

@@ -272,7 +272,7 @@ def glu(walk: Stream, call: Call) -> None:
     if facts is not None:
         facts = facts.map(lambda t: t.narrow(dim, 0, size) if t.size(dim) > 1 else t)
         facts = Facts.of(facts.zero, facts.values)
-    walk.give(out, tuple(x for x in labels if x.numel() > 1), facts)
+    walk.give(out, tuple(labels), facts)
 
 
 def copy(walk: Stream, call: Call) -> None:

@@ -142,7 +142,7 @@ def _give(walk: Stream, out: Tensor, label: Tensor, facts: Facts | None) -> None
     if label.dim() == 1:
         label = along(label, out.dim(), out.dim() - 1)
         facts = None if facts is None else facts.spread(out.dim(), out.dim() - 1)
-    walk.give(out, (label,) if label.numel() > 1 else (), facts)
+    walk.give(out, (label,), facts)
 
 
 def _begin(walk: Stream, call: Call, start: Tensor, label: Tensor) -> None:
