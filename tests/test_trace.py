@@ -725,6 +725,18 @@ def test_what_a_compiler_is_told_of_a_tensor_is_not_in_the_graph() -> None:
     assert [n.name for n in graph.graph.nodes] == ["x", "zeros_like", "add", "output"]
 
 
+def test_code_may_ask_how_the_device_of_its_input_casts() -> None:
+    class Casts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled(x.device.type):
+                return x.to(torch.get_autocast_dtype(x.device.type))
+            return x * 2
+
+    graph = demp_fx.trace(Casts(), X)
+    assert not graph.meta["demp_fx"].exported
+    assert [n.name for n in graph.graph.nodes] == ["x", "mul", "output"]
+
+
 def test_an_identity_of_nothing_is_nothing() -> None:
     class Attends(nn.Module):
         """To what else it is given, or else to itself."""

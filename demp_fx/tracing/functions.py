@@ -233,6 +233,22 @@ def checks_of_proxies() -> Iterator[None]:
 
 
 @contextmanager
+def kinds_of_devices(tracer: Any) -> Iterator[None]:
+    """Meanwhile torch tells how it casts on the device of a proxy: `x.device.type` is known."""
+    names = ("is_autocast_enabled", "get_autocast_dtype")
+    before = {name: vars(torch)[name] for name in names}
+
+    def told(ask: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *device: ask(*map(tracer.values.of, device))
+
+    vars(torch).update({name: told(ask) for name, ask in before.items()})
+    try:
+        yield
+    finally:
+        vars(torch).update(before)
+
+
+@contextmanager
 def distributions_of_proxies() -> Iterator[None]:
     """Meanwhile `torch.distributions` neither look at the numbers that they are given, nor take the
     sizes of a sample for numbers."""

@@ -33,6 +33,7 @@ from demp_fx.tracing.functions import (
     batch_norms_as_nodes,
     checks_of_proxies,
     distributions_of_proxies,
+    kinds_of_devices,
     scripts_as_python,
     variables_of_proxies,
 )
@@ -112,7 +113,7 @@ class Tracer(Submodules):
             preserved(root.modules()), as_nodes(self), aten_as_nodes(self),
             batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
-            items_as_nodes(self),
+            items_as_nodes(self), kinds_of_devices(self),
         ):  # fmt: skip
             set_modes(self.flags)
             if hears_gradients(root):
