@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import demp_fx
 from demp_fx.channels.cuts import Cuts
+from demp_fx.errors import VerificationError
+from demp_fx.passes import verify
 
 ALIKE = ([], [], [0, 1, 14, 15])  # what is dead behind the stem, in the branch and on the stream
 SOME = ([0, 1, 2], [1, 3, 5, 7], [0, 1, 4, 5, 6, 12, 13])
@@ -237,3 +239,10 @@ def test_a_convolution_whose_padding_depends_on_the_input_folds_no_constants() -
     narrow = demp_fx.compile(model, torch.randn(2, 3, 8, 8, dtype=torch.float64)).module
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
     torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_images_are_compared_that_no_window_divides() -> None:
+    model = Windows(UP_TO_WINDOWS["pad"])
+    wrong = Windows(lambda x: F.pad(x, (0, missing(x)), value=1.0))
+    with pytest.raises(VerificationError, match=r"13, 13"):
+        verify(model, wrong, torch.randn(2, 3, 8, 8, dtype=torch.float64))

@@ -26,8 +26,9 @@ def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
     return inputs.map(draw)
 
 
-def resized(inputs: Inputs) -> Inputs | None:
-    """Random images (and volumes) of another size than the example's; None where it has none."""
+def resized(inputs: Inputs, odd: bool = False) -> Inputs | None:
+    """Random images (and volumes) of another size than the example's, which no window or stride
+    divides if it is `odd`; None where it has none."""
     if not any(t.dim() > 3 and t.is_floating_point() for t in inputs.tensors):
         return None
     generator = torch.Generator().manual_seed(1)
@@ -35,7 +36,7 @@ def resized(inputs: Inputs) -> Inputs | None:
     def draw(t: Tensor) -> Tensor:
         if t.dim() < 4 or not t.is_floating_point():
             return t
-        sides = [n // 2 if n >= SMALL else n + n // 2 for n in t.shape[2:]]
+        sides = [(n // 2 if n >= SMALL else n + n // 2) | odd for n in t.shape[2:]]
         return torch.randn(*t.shape[:2], *sides, generator=generator, dtype=torch.float64).to(t)
 
     return inputs.map(draw)
