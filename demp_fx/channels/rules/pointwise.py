@@ -293,7 +293,8 @@ def overwrite(walk: Stream, call: Call) -> None:
     labels = aligned(walk, call, out)
     facts, before = walk.value(source).facts if walk.with_facts else None, walk.value(out).facts
     facts = _rounded(facts, out) if out.dtype != source.dtype else facts
-    if walk.running.sized and facts is not None:
+    whole = out.nbytes == out.untyped_storage().nbytes()  # what is a part here is one anywhere
+    if walk.running.sized and whole and facts is not None:
         facts = None if before is None else agreed(before, facts)
     walk.give(out, labels, None if facts is None else facts.aligned(out.dim()))
 
