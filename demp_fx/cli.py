@@ -104,6 +104,15 @@ _WEIGHTS = click.option(
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--dry-run", is_flag=True, help="Print what would go, write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the original.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="NAME",
+    help="A layer or submodule that keeps its shape; wildcards are allowed; repeatable.",
+)
+@click.option(
+    "--round-to", default=1, metavar="N", help="Round widths up to a multiple of N, such as 8."
+)
 def compile_(
     model: str,
     inputs: tuple[str, ...],
@@ -114,6 +123,8 @@ def compile_(
     as_json: bool,
     dry_run: bool,
     no_verify: bool,
+    keep: tuple[str, ...],
+    round_to: int,
 ) -> None:
     """Find what is dead in MODEL and write a narrower module that computes the same."""
     from demp_fx import compile as narrow
@@ -130,7 +141,10 @@ def compile_(
         if calibration:
             check_forward(loaded.model, calibration[0], f"the calibration data of {calibrate}")
         _say(f"compiling {type(loaded.model).__name__}")
-        result = narrow(loaded.model, example, calibration=calibration, verify=not no_verify)
+        result = narrow(
+            loaded.model, example, calibration=calibration, verify=not no_verify,
+            keep=keep, round_to=round_to,
+        )  # fmt: skip
     for warning in result.report.warnings:
         _say(f"warning: {warning}")
     if not dry_run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from demp_fx.channels.cuts import Cuts
 from demp_fx.channels.meta import without_collection
 from demp_fx.errors import UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.passes.asked import Asked
 from demp_fx.passes.make_plan import fit
 from demp_fx.passes.observe import batches as read_batches
 from demp_fx.passes.observe import observe
@@ -61,6 +62,8 @@ def compile(
     verify: bool = True,
     *,
     cuts: Cuts = "pays",
+    keep: Sequence[str] = (),
+    round_to: int = 1,
 ) -> CompileResult:
     """Cut the dead channels out of a model.
 
@@ -73,14 +76,16 @@ def compile(
         verify: compare with the original in float64, in both modes, before handing over.
         cuts: where the graph may be cut inside a residual sum or before one reader of several:
             where it "pays", "always" or "never".
+        keep: layers or submodules that keep their shape, as name patterns ("head", "blocks.*.mlp").
+        round_to: widths are rounded up to a multiple of this: 8, say, for tensor cores.
 
     Raises:
         UsageError: inputs that do not fit, weights that are not finite (or not there), an empty
-            calibration set.
+            calibration set, names to keep that no layer has.
         TraceError: the model cannot be traced.
         VerificationError: the result differs from the original.
     """
-    clock = _Clock()
+    clock, asked = _Clock(), Asked(keep, round_to)
     with clock("trace"):
         inputs = Inputs.of(example_inputs)
         graph = trace_graph(model, example_inputs)
@@ -98,7 +103,7 @@ def compile(
         with clock("analyze"):
             walked = walk(graph, seen)
     with clock("narrow"), without_collection():
-        planned = fit(graph, walked, cuts)
+        planned = fit(graph, walked, cuts, asked)
     plan, module = planned.plan, planned.module
     with clock("summarize"), without_collection():
         report = summarize(type(model).__name__, graph, planned, samples, bare)

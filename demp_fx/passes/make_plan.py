@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,13 @@ from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Site
 from demp_fx.channels.walk import RefusalError, Walk
 from demp_fx.errors import DempError
+from demp_fx.passes.asked import Asked
 from demp_fx.passes.narrow import narrow
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
 from demp_fx.passes.resize import ROWS, MisfitError
+
+_NOTHING = Asked()
 
 
 @dataclass
@@ -39,16 +42,23 @@ def make_plan(
     graph: fx.GraphModule,
     observed: Mapping[str, tuple[int, Facts]] | None = None,
     cuts: Cuts = "pays",
+    *,
+    keep: Sequence[str] = (),
+    round_to: int = 1,
 ) -> PruningPlan:
     """What can be cut out of a traced module: what the weights prove dead, and what was observed.
 
-    `cuts`: whether the graph may be cut inside a residual sum, or before one reader of several.
+    `cuts`: whether the graph may be cut inside a residual sum, or before one reader of several;
+    `keep` and `round_to`: see `compile`.
     """
-    return fit(graph, walk(graph, observed), cuts).plan
+    return fit(graph, walk(graph, observed), cuts, Asked(keep, round_to)).plan
 
 
-def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
+def fit(
+    graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays", asked: Asked = _NOTHING
+) -> Planned:
     """Solve and plan; where a node's code does not take its new sizes, pin it and start over."""
+    asked.pin_layers(walked)
     pinned: set[fx.Node] = set()
     refused: Counter[fx.Node] = Counter()
     for node in walked.env:
@@ -57,6 +67,8 @@ def fit(graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays") -> Planned:
             _pin(walked, node)
     while True:
         solution = decide(walked.system, cuts)
+        if asked.pin_widths(walked, solution):
+            continue
         try:
             plan = plan_of(walked, solution)
             module = narrow(graph, plan)
