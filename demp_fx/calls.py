@@ -15,6 +15,10 @@ MADE: set[Any] = {torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, 
 MADE_LIKE: set[Any] = {"expand", "new_zeros", "new_ones", "new_full", "new_empty",
                        aten.expand.default, aten.new_zeros.default, aten.new_ones.default,
                        aten.new_full.default, aten.new_empty.default}  # fmt: skip
+# Numbers that stand in the code.
+LITERALS: set[Any] = {torch.linspace, torch.logspace, torch.arange, torch.tensor,
+                      aten.linspace.default, aten.logspace.default, aten.arange.default,
+                      aten.arange.start, aten.arange.start_step}  # fmt: skip
 
 ASKS: set[Any] = {"size", getattr, aten.sym_size.int}  # what asks for sizes
 # What asks for the product of all sizes, of a tensor or of a list of them.

@@ -521,3 +521,29 @@ def test_layers_that_pick_of_all_features_so_far(order: str, cuts: Cuts) -> None
     if cuts == "always":
         for k, norm in enumerate(net.norms):
             assert len(narrow.get_parameter(f"norms.{k}.weight")) == len(norm.weight) // 2
+
+
+@pytest.mark.parametrize("kind", ["linspace", "sized"])
+def test_channels_that_meet_numbers_in_the_code(kind: str) -> None:
+    """They are a vector of its own, of which as many are taken as there are channels left; not so
+    where their number, and then the numbers themselves, depend on how many channels there are."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            with torch.no_grad():
+                self.a.weight[:3], self.a.bias[:3] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            steps = 8 if kind == "linspace" else x.size(1)
+            scale = torch.linspace(0.1, 1, steps, device=x.device, dtype=x.dtype)
+            y: Tensor = self.b(x * scale[:, None, None])
+            return y
+
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(4, 3, 6, 6).double()
+    narrow = demp_fx.compile(net, x, cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert narrow.get_parameter("a.weight").shape[0] == (5 if kind == "linspace" else 8)

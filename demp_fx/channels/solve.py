@@ -290,9 +290,13 @@ class Solver:
             if found:
                 kept = draft.present()
         alive = np.logical_or.reduceat(kept[self.along.at], self.along.ends[:-1])
-        for k in np.flatnonzero(~alive).tolist():
-            found = True
-            if draft.revive(draft.merged[self.along.part(k)[0]]):
+        dead = np.flatnonzero(~alive).tolist()
+        there = np.zeros(self.classes if dead else 0, dtype=np.bool_)  # before a gather, anyway
+        if dead and self.edges:
+            there[draft.merged[self.targets.at[before & self.gathered]]] = True
+        for k in dead:
+            found, channels = True, draft.merged[self.along.part(k)]
+            if draft.revive(channels[there[channels].argmax()]):
                 draft.revived.append(self.axes[k])
         return found
 

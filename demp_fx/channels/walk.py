@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from demp_fx.calls import called
+from demp_fx.calls import LITERALS, called
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
@@ -169,7 +169,8 @@ class Walk(Layers):
             return self._dry_run(node)
         self.crops.pin(node)
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
-        if sources and all(n.op == "get_attr" or n in self.made for n in sources):
+        made = sources and all(n.op == "get_attr" or n in self.made for n in sources)
+        if made or self._is_literal(node):
             self.made.add(node)
         for n in node.all_input_nodes if called(node) not in SIZES else ():
             self._refresh(n)
@@ -214,6 +215,13 @@ class Walk(Layers):
             value = self.value(out)
             value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
+
+    def _is_literal(self, node: fx.Node) -> bool:
+        """Whether a node makes a tensor of numbers in the code (on the device of an input, say)."""
+        inputs = [self.env[n] for n in node.all_input_nodes]
+        return called(node) in LITERALS and not any(
+            isinstance(x, (Tensor, int, float)) for x in inputs
+        )
 
     def _dry_run(self, node: fx.Node) -> Any:
         """What a node gives where only shapes and multiplications are wanted."""
