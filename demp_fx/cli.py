@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -110,8 +110,12 @@ _WEIGHTS = click.option(
     metavar="NAME",
     help="A layer or submodule that keeps its shape; wildcards are allowed; repeatable.",
 )
+@click.option("--round-to", default=1, metavar="N", help="Round widths up to a multiple of N.")
 @click.option(
-    "--round-to", default=1, metavar="N", help="Round widths up to a multiple of N, such as 8."
+    "--cuts",
+    type=click.Choice(["pays", "always", "never"]),
+    default="pays",
+    help="Where the graph may be cut for more to go. Default: where it pays.",
 )
 def compile_(
     model: str,
@@ -125,6 +129,7 @@ def compile_(
     no_verify: bool,
     keep: tuple[str, ...],
     round_to: int,
+    cuts: Literal["pays", "always", "never"],
 ) -> None:
     """Find what is dead in MODEL and write a narrower module that computes the same."""
     from demp_fx import compile as narrow
@@ -143,7 +148,7 @@ def compile_(
         _say(f"compiling {type(loaded.model).__name__}")
         result = narrow(
             loaded.model, example, calibration=calibration, verify=not no_verify,
-            keep=keep, round_to=round_to,
+            cuts=cuts, keep=keep, round_to=round_to,
         )  # fmt: skip
     for warning in result.report.warnings:
         _say(f"warning: {warning}")

@@ -131,6 +131,17 @@ def test_a_dry_run_writes_nothing(net: Path) -> None:
     assert {p.name for p in net.parent.iterdir()} <= {"net.py", "__pycache__"}
 
 
+def test_what_is_to_stay_is_said_by_options(net: Path) -> None:
+    def left(*options: str) -> int:
+        result = run("compile", net, "--input", "1x3x8x8", "--json", "--dry-run", *options)
+        [conv] = [w for w in json.loads(result.stdout)["widths"] if w["name"] == "conv1"]
+        return int(conv["out_after"])
+
+    assert (left(), left("--round-to", "6")) == (4, 6)
+    assert left("--keep", "conv1", "--cuts", "never") == 8
+    assert "fits 'conv3'" in fails(2, "compile", net, "--input", "1x3x8x8", "--keep", "conv3")
+
+
 def test_calibration_data_finds_what_never_fires(net: Path) -> None:
     text = net.read_text().replace("net.bn1.bias[:dead] = 0", "net.bn1.bias[:dead] = -1")
     net.write_text(text.replace("net.bn1.weight[:dead] = 0", "net.bn1.weight[:dead] = 1e-9"))
