@@ -194,9 +194,11 @@ class Places(Stream):
         sames = self.system.sames[start[0] :]
         pins = [pin.atoms for pin in self.system.pins[start[1] :]]
         mixed = [n for n, v in before.items() if n in self.made and _is_mixed(v.labels, pins)]
+        if not sames:
+            return mixed
         reads = [s for s in self.system.since(start) if isinstance(s, Read)]
-        alone = any(_partly_silent(read) for read in reads)
-        if not sames or not (self.merged or alone):
+        alone = any(map(_partly_silent, reads))
+        if not (self.merged or alone):
             return mixed
         repeating = {
             label.data_ptr(): n

@@ -292,11 +292,10 @@ class Stream(TorchDispatchMode):
         Of complex numbers only zeros are followed: constants are real. A single channel is on no
         axis that could get narrower: it stays.
         """
-        if any(label.numel() == 1 for label in labels):
-            for label in labels:
-                if label.numel() == 1:
-                    self.system.pin(label, STRUCTURE, self.site)
-            labels = tuple(label for label in labels if label.numel() > 1)
+        for label in labels:
+            if label.numel() == 1:
+                self.system.pin(label, STRUCTURE, self.site)
+                labels = tuple(x for x in labels if x is not label)
         if facts is not None and out.is_complex():
             facts = Facts.of(facts.zero, facts.values)
         out.__dict__["demp"] = Value(labels, facts, data, self.version(out))

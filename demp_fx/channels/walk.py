@@ -218,9 +218,8 @@ class Walk(Layers):
 
     def _is_literal(self, node: fx.Node) -> bool:
         """Whether a node makes a tensor of numbers in the code (on the device of an input, say)."""
-        inputs = [self.env[n] for n in node.all_input_nodes]
         return called(node) in LITERALS and not any(
-            isinstance(x, (Tensor, int, float)) for x in inputs
+            isinstance(self.env[n], (Tensor, int, float)) for n in node.all_input_nodes
         )
 
     def _dry_run(self, node: fx.Node) -> Any:

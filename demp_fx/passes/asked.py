@@ -33,7 +33,7 @@ class Asked:
     def pin_layers(self, walk: Walk) -> None:
         """Keep all channels of the layers that are named. Raises `UsageError` for a pattern that
         fits none."""
-        names = {name: list(_prefixes(name)) for name in walk.params}
+        names = {name: list(_prefixes(name)) for name in walk.params if self.keep}
         for pattern in self.keep:
             kept = {
                 n for n, places in names.items() if any(fnmatchcase(p, pattern) for p in places)
