@@ -246,3 +246,28 @@ def test_images_are_compared_that_no_window_divides() -> None:
     wrong = Windows(lambda x: F.pad(x, (0, missing(x)), value=1.0))
     with pytest.raises(VerificationError, match=r"13, 13"):
         verify(model, wrong, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_maps_that_only_happen_to_fit_are_no_reason_to_refuse() -> None:
+    """A map of one place is spread over one of four, at a size that nobody trains at."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer = nn.Conv2d(3, 8, 32, stride=32), nn.Conv2d(3, 8, 1)
+            self.head = nn.Conv2d(8, 2, 1)
+            self.double().eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = F.avg_pool2d(self.outer(x), 32, ceil_mode=True)
+            return self.head((self.inner(x) + pooled).relu())
+
+    model = Halves()
+    with torch.no_grad():
+        model.inner.weight[:4] = model.inner.bias[:4] = 0
+        model.outer.weight[4:6] = model.outer.bias[4:6] = 0
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    result = demp_fx.compile(model, x, cuts="always")
+    torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
+    assert any("other sizes" in warning for warning in result.report.warnings)
