@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from demp_fx.channels.analysis import walk
+from demp_fx.channels.classes import classes
 from demp_fx.channels.labels import varying
-from demp_fx.channels.solve import classes
 from demp_fx.channels.walk import Walk
 from demp_fx.nodes.watch import Test
 from demp_fx.passes.twin import without_numbers
