@@ -247,7 +247,7 @@ ORDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "softmax": lambda x, d: x.softmax(d),
     "centred": lambda x, d: x - x.mean(d, keepdim=True),
     "largest": lambda x, d: x - x.amax(d, keepdim=True),
-    "spread": lambda x, d: x / (x.std(d, keepdim=True) + 1),
+    "spread": lambda x, d: x / (x.std(d, correction=0, keepdim=True) + 1),
     "normalised": lambda x, d: F.normalize(x, dim=d, eps=0.5),
     "padded": lambda x, d: F.pad(x, (0, 0) * (x.dim() - 1 - d % x.dim()) + (1, 2), value=0.1),
     "tripled": lambda x, d: x.movedim(d, -1).unsqueeze(-1).expand(*x.movedim(d, -1).shape, 3)

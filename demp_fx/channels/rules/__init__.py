@@ -27,6 +27,7 @@ from demp_fx.channels.rules import (
     quantised,
     recurrent,
     scatter,
+    solved,
     windows,
 )
 from demp_fx.channels.stream import Rule, Stream
@@ -50,6 +51,7 @@ RULES: dict[str, Rule] = {
     **complex.RULES,
     **bilinear.RULES,
     **scatter.RULES,
+    **solved.RULES,
     **windows.RULES,
 }
 

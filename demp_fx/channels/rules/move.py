@@ -22,10 +22,11 @@ from demp_fx.channels.rules.cells import merged
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
+TRIANGLES = {"aten::tril", "aten::triu"}
 RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
 REARRANGE = {"aten::flip", "aten::roll", "aten::repeat", "aten::pixel_shuffle", "aten::rot90",
              "aten::pixel_unshuffle", "aten::channel_shuffle", "aten::native_channel_shuffle",
-             "aten::_unsafe_view", "aten::unbind", "aten::tril", "aten::triu"}  # fmt: skip
+             "aten::_unsafe_view", "aten::unbind", *TRIANGLES}  # fmt: skip
 REPEATS = {*RESHAPES, "aten::repeat"}
 PICKS = {"aten::index_select", "aten::index"}
 PERMUTES = {"aten::t", "aten::transpose", "aten::permute", "aten::unsqueeze", "aten::alias",
@@ -58,7 +59,11 @@ def move(walk: Stream, call: Call) -> None:
         return [result] if isinstance(result, Tensor) else list(result)
 
     walk.moves += 1
-    results = [apply(label) for label in value.labels]
+    inside = name in TRIANGLES and {tensor.dim() - 2, tensor.dim() - 1}
+    results = [
+        [label] if inside and not inside & set(varying(label)) else apply(label)
+        for label in value.labels
+    ]  # a matrix of each channel keeps it
     known = value.facts
     if known is not None and not _stays_in_place(call, known):
         known = Facts.of(known.flat, known.values)
