@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import demp_fx
 from demp_fx.emit.module import source
@@ -172,3 +173,32 @@ def test_eager_attention_and_padding_masks(name: str) -> None:
 
     graph = demp_fx.trace(model, masked(2, 7))
     assert_same(graph, model, masked(3, 10))
+
+
+def test_what_a_module_that_stays_whole_returns_by_name_is_read_by_place() -> None:
+    class Drops(nn.Module):
+        """Layers left out at random, as their numbers tell."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> BaseModelOutput:
+            return BaseModelOutput(last_hidden_state=self.inner(x) if torch.rand([]) < 2 else x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.drops, self.up, self.down = Drops(), nn.Linear(4, 8), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.up.weight[:5] = self.up.bias[:5] = 0
+            self.double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(self.drops(x)[0]).relu())
+
+    net, x = Net(), torch.randn(2, 4).double()
+    narrow = demp_fx.compile(net, x).module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("up.weight").shape == (3, 4)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -354,12 +355,13 @@ def _coded(graph: fx.GraphModule) -> Iterator[nn.Module]:
 
 def _writable(tree: Any) -> Any:
     """Arguments as the code gets them: with lists and dicts of its own, those of a node being such
-    that refuse to be written to."""
-    if type(tree) is tuple:
+    that refuse to be written to. What only derives of these (an output by names, say) is itself."""
+    kind = type(tree)
+    if kind is tuple:
         return tuple(map(_writable, tree))
-    if isinstance(tree, list):
+    if kind in (list, immutable_list):
         return list(map(_writable, tree))
-    return {k: _writable(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+    return {k: _writable(v) for k, v in tree.items()} if kind in (dict, immutable_dict) else tree
 
 
 def _as_tensors(index: Any) -> Any:
