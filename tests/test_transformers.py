@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 import demp_fx
 from demp_fx.emit.module import source
 from demp_fx.inputs import Inputs
 from demp_fx.passes.verify import difference, run
 from demp_fx.tracing.module import TracedModule
-from tests.zoo.transformers_networks import HIDDEN, TRANSFORMERS, build, kill_hidden
+from tests.zoo.transformers_networks import HIDDEN, TRANSFORMERS, build, hf, kill_hidden
 
 ERROR = 1e-12  # relative, in float64
 DEAD = 10
@@ -183,8 +182,9 @@ def test_what_a_module_that_stays_whole_returns_by_name_is_read_by_place() -> No
             super().__init__()
             self.inner = nn.Linear(4, 4)
 
-        def forward(self, x: torch.Tensor) -> BaseModelOutput:
-            return BaseModelOutput(last_hidden_state=self.inner(x) if torch.rand([]) < 2 else x)
+        def forward(self, x: torch.Tensor) -> Any:
+            x = self.inner(x) if torch.rand([]) < 2 else x
+            return hf.modeling_outputs.BaseModelOutput(last_hidden_state=x)
 
     class Net(nn.Module):
         def __init__(self) -> None:
