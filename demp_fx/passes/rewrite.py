@@ -49,10 +49,13 @@ def rewritten(old: fx.Graph, plan: PruningPlan, constants: Constants) -> fx.Grap
         _regroup(new, regroup, named, constants, given)
     for spread in plan.spreads:
         producer, consumer = named[spread.producer], named[spread.consumer]
-        chain = [n for n in consumer.all_input_nodes if n is producer or producer in n.args]
+        inputs = consumer.all_input_nodes
+        chain = [n for n in inputs if n is producer or producer in n.args]
+        left = given.get((spread.producer, spread.consumer)) or chain[0]
         with new.inserting_before(consumer):
-            put = _spread(new, chain[0], spread, constants, consumer.name)
-        consumer.replace_input_with(chain[0], put)
+            put = _spread(new, left, spread, constants, consumer.name)
+        consumer.replace_input_with(left, put)
+        given[spread.producer, spread.consumer] = put
     for total in plan.sums:
         _sum(new, total, named, constants)
     layers = dict(constants.module.named_modules(remove_duplicate=False)) if plan.counts else {}
