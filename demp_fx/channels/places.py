@@ -35,8 +35,8 @@ class Places(Stream):
     """A stream of ATen ops under the nodes of a graph: `env` holds what each has given.
 
     `given`: nodes that depend on the network's inputs; `made`: those that are computed of
-    parameters alone, such as a standardised weight; `joined`: those of them that hold several side
-    by side; `exits`: nodes behind which blocks end.
+    parameters alone, such as a standardised weight; `lent`: the sizes of the input in these;
+    `joined`: those of them that hold several side by side; `exits`: nodes behind which blocks end.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Places(Stream):
         self.exits: set[fx.Node] = set()
         self.given: set[fx.Node] = set()
         self.made: set[fx.Node] = set()
+        self.lent: dict[fx.Node, set[int]] = {}
         self.joined: set[fx.Node] = set()
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
@@ -84,8 +85,8 @@ class Places(Stream):
 
     def _label(self, n: fx.Node, merge: bool = False) -> None:
         """A weight that is computed in a way that nobody follows has channels all the same, which
-        it must keep, and which its readers may do without. So, with `merge`, have axes on which
-        there are several."""
+        it must keep, and which its readers may do without; but none where it is as long as inputs
+        are. So, with `merge`, have axes on which there are several."""
         tensor = self.env[n]
         value = self.value(tensor)
         if value.data is not None or value.blank or not _holds_numbers(tensor):
@@ -94,7 +95,7 @@ class Places(Stream):
         for d, size in enumerate(tensor.shape):
             there = [x for x in labels if d in varying(x)]
             mixed = [x for x in there if varying(x) == (d,)] if merge else []
-            if size > 1 and (not there or len(mixed) > 1):
+            if size > 1 and (len(mixed) > 1 if there else size not in self.lent.get(n, ())):
                 atoms = self.system.fresh(n.name, -1, size).atoms
                 for x in (*mixed, atoms):
                     self.system.pin(x, "is computed of all of its channels", site)

@@ -173,6 +173,7 @@ class Walk(Layers):
         made = sources and all(n.op == "get_attr" or n in self.made for n in sources)
         if made or self._is_literal(node):
             self.made.add(node)
+            self.lent[node] = self._lent(node)
         for n in node.all_input_nodes if called(node) not in SIZES else ():
             self._refresh(n)
         if self.reweighted and node.op == "call_module":
@@ -222,6 +223,16 @@ class Walk(Layers):
         return called(node) in LITERALS and not any(
             isinstance(self.env[n], (Tensor, int, float)) for n in node.all_input_nodes
         )
+
+    def _lent(self, node: fx.Node) -> set[int]:
+        """The sizes of the input in what a node makes of parameters, or of numbers in the code."""
+        found: set[int] = set()
+        for n in node.all_input_nodes:
+            found |= self.lent.get(n, found)
+            value = self.env[n] if n in self.given else None
+            if isinstance(value, (int, torch.Size)) and self.crops.sizes.varies(n):
+                found.update([value] if isinstance(value, int) else value)
+        return found
 
     def _dry_run(self, node: fx.Node) -> Any:
         """What a node gives where only shapes and multiplications are wanted."""

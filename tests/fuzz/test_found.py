@@ -8,6 +8,11 @@ from tests.fuzz.check import check
 from tests.fuzz.network import Net
 
 FOUND = {
+    "tokens of the code's own, as many as samples, where nearly all channels are dead": """
+        Net(blocks=(Gate(how='glu'),
+                    Attention(heads=1, size=1, groups=1, kind='cross', product='sdpa', bias=False,
+                              extra='none')),
+            space=(), stem=2, kills=('zero', 'rows'))""",
     "a number of the code's, which is as exact as what it is padded on": """
         Net(blocks=(Reorder(how='padded'),), stem=2)""",
     "a single channel that is picked by a number": """
