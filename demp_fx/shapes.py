@@ -127,11 +127,12 @@ def convolution(args: tuple[Any, ...]) -> Tensor:
     """The shape of `aten.convolution`, by torch's own formula: without its checks of the device and
     of memory formats."""
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    dims = x.dim() - 2
     space = [
         (n + 2 * pad - gap * (k - 1) - 1) // step + 1
         for n, k, step, pad, gap in zip(
-            x.shape[2:], weight.shape[2:], _each(stride, x), _each(padding, x),
-            _each(dilation, x), strict=True,
+            x.shape[2:], weight.shape[2:], each(stride, dims), each(padding, dims),
+            each(dilation, dims), strict=True,
         )
     ]  # fmt: skip
     fits = x.size(1) == weight.size(1) * groups and min(space) > 0
@@ -141,8 +142,10 @@ def convolution(args: tuple[Any, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
-def _each(setting: list[int], x: Tensor) -> list[int]:
-    return setting * (x.dim() - 2) if len(setting) == 1 else setting
+def each(setting: int | list[int], count: int) -> list[int]:
+    """A setting for each of `count` dims: it may be one for all."""
+    numbers = [setting] if isinstance(setting, int) else setting
+    return numbers * count if len(numbers) == 1 else numbers
 
 
 def _batch_norm(args: tuple[Any, ...]) -> Any:

@@ -8,6 +8,7 @@ from demp_fx.channels.facts import Facts
 from demp_fx.channels.rules.couple import couple, trailing
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call, Inside
+from demp_fx.shapes import each
 
 
 def max_pool(space: int) -> Rule:
@@ -31,7 +32,7 @@ def max_pool(space: int) -> Rule:
 def _reaches_inside(call: Call, space: int, inside: Inside) -> bool:
     """Whether no window lies in the margins alone, at any size of what they are around."""
     names = ("kernel_size", "padding", "dilation")
-    kernel, padding, dilation = (_each(call.arg(name), space) for name in names)
+    kernel, padding, dilation = (each(call.arg(name), space) for name in names)
     if set(dilation) != {1} or call.arg("ceil_mode"):
         return False
     first = call.tensors[0].dim() - space
@@ -39,12 +40,6 @@ def _reaches_inside(call: Call, space: int, inside: Inside) -> bool:
         d >= first and width + padding[d - first] < kernel[d - first]
         for d, width in inside.margins.items()
     )
-
-
-def _each(given: int | list[int], count: int) -> list[int]:
-    """An argument that may be one number for all dims."""
-    numbers = [given] if isinstance(given, int) else list(given)
-    return numbers * count if len(numbers) == 1 else numbers
 
 
 RULES: dict[str, Rule] = {f"aten::max_pool{n}d{which}": max_pool(n)
