@@ -37,14 +37,15 @@ class Crops:
         source = node.args[0] if node.args else None
         tensor = self.walk.env[source] if isinstance(source, fx.Node) else None
         if isinstance(tensor, Tensor) and (labels := self.walk.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim(), self._varies)
+            dims = cropped_dims(node, tensor.dim(), self.varies)
             for label in labels if dims else ():
                 if dims & set(varying(label)):
                     system, site = self.walk.system, self.walk.site
                     system.pin(label, "is cropped at a size of the input", site)
                     self._labels.append(label.reshape(-1))
 
-    def _varies(self, end: fx.Node) -> bool:
+    def varies(self, end: fx.Node) -> bool:
+        """Whether a number or sizes that a node holds depend on the input's."""
         return end in self.walk.given and self.sizes.varies(end)
 
     def _channels(self, node: fx.Node) -> set[int]:

@@ -229,8 +229,8 @@ class Walk(Layers):
         found: set[int] = set()
         for n in node.all_input_nodes:
             found |= self.lent.get(n, found)
-            value = self.env[n] if n in self.given else None
-            if isinstance(value, (int, torch.Size)) and self.crops.sizes.varies(n):
+            value = self.env[n]
+            if isinstance(value, (int, torch.Size)) and self.crops.varies(n):
                 found.update([value] if isinstance(value, int) else value)
         return found
 
