@@ -547,3 +547,29 @@ def test_channels_that_meet_numbers_in_the_code(kind: str) -> None:
     narrow = demp_fx.compile(net, x, cuts="always").module
     assert relative_error(narrow(x), net(x)) <= 1e-12
     assert narrow.get_parameter("a.weight").shape[0] == (5 if kind == "linspace" else 8)
+
+
+def test_one_dim_is_gathered_and_another_filled_up_before_one_reader() -> None:
+    """It hears some channels of one factor, and its bias makes something of zeros of the other."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.rows, self.columns = nn.Linear(4, 6), nn.Linear(4, 5)
+            self.mix, self.out, self.other = nn.Linear(5, 3), nn.Linear(18, 2), nn.Linear(30, 2)
+            with torch.no_grad():
+                for layer in (self.rows, self.columns):
+                    layer.weight[:2] = layer.bias[:2] = 0
+                self.mix.weight[:, 3] = 0
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            products = self.rows(x).unsqueeze(2) * self.columns(x).unsqueeze(1)
+            return self.out(self.mix(products).flatten(1)) + self.other(products.flatten(1).tanh())
+
+    net, x = Products(), torch.randn(3, 4).double()
+    narrow = demp_fx.compile(net, x, cuts="always").module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("rows.weight").shape == (4, 4)
+    assert narrow.get_parameter("mix.weight").shape == (3, 2)

@@ -37,7 +37,7 @@ def is_checked(frame: types.FrameType) -> bool:
     """Whether what `frame` calls now is only looked at by a check."""
     code, at = _instructions(frame.f_code), frame.f_lasti
     while "IF_" not in (name := code[at][0].opname):
-        if name.startswith(_STORES) or "JUMP" in name:
+        if name.startswith((*_STORES, "RAISE")) or "JUMP" in name:
             return False
         at = code[at][1]
     return _taken(frame.f_code, at) is not None

@@ -39,6 +39,11 @@ def raises(x: Tensor) -> None:
         raise ValueError(f"{where} of these is too large")
 
 
+def raises_with_a_number(x: Tensor) -> None:
+    if x.max() > 9:
+        raise ValueError(f"{x.max().item()} is too large")
+
+
 def raises_in_a_region(x: Tensor) -> None:
     with torch.no_grad():
         if (x > 9).any().item():
@@ -62,7 +67,8 @@ def has_a_helper(x: Tensor) -> None:
 
 CHECKS = [
     asserts, asserts_what_is_not, asserts_several, asserts_one_of_several, asserts_of_each,
-    asserts_of_numbers, raises, raises_in_a_region, raises_at_the_end, has_a_helper,
+    asserts_of_numbers, raises, raises_with_a_number, raises_in_a_region, raises_at_the_end,
+    has_a_helper,
 ]  # fmt: skip
 
 
