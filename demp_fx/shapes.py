@@ -32,9 +32,15 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
+def _is_in_place(op: torch._ops.OpOverload) -> bool:
+    """Whether an op writes to its first operand."""
+    alias = op._schema.arguments[0].alias_info
+    return alias is not None and bool(alias.is_write)
+
+
 def _first(op: torch._ops.OpOverload) -> Shape:
     """The shape of an op whose result is like its operand, or is its operand."""
-    if torch.Tag.inplace in op.tags:
+    if _is_in_place(op):
         return lambda args: args[0]
     return lambda args: _twin(args[0]) if args[0].is_floating_point() else op(*args)
 
@@ -51,7 +57,7 @@ def _softmax(op: torch._ops.OpOverload) -> Shape:
 
 def _alike(op: torch._ops.OpOverload) -> Shape:
     """The shape of an op on two operands of one dtype that fit, or on one and a number."""
-    in_place = torch.Tag.inplace in op.tags
+    in_place = _is_in_place(op)
 
     def shape(args: tuple[Any, ...]) -> Any:
         x, y = args[0], args[1]
@@ -215,10 +221,10 @@ SHAPES: dict[torch._ops.OpOverload, Shape] = {
     aten.convolution.default: convolution,
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
-    aten._grouped_mm.default: _grouped_product,
 }  # fmt: skip
 # Of these, arguments by name change nothing about the shape.
-_OPTIONS = {aten._grouped_mm.default}
+_OPTIONS: set[Any] = {aten._grouped_mm.default} if hasattr(aten, "_grouped_mm") else set()
+SHAPES |= dict.fromkeys(_OPTIONS, _grouped_product)
 
 
 def shape_of(

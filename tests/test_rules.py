@@ -20,6 +20,7 @@ from demp_fx.channels.rules.pointwise import FUNCTIONS
 from demp_fx.channels.stream import FAILED
 from demp_fx.emit.module import source
 from demp_fx.errors import UsageError
+from demp_fx.tracing.functions import Apply
 
 GUIDE = Path(__file__).parent.parent / "docs" / "custom_ops.md"
 DEAD = [0, 1, 5]
@@ -320,6 +321,12 @@ def test_an_autograd_function_keeps_its_backward(ruled: bool, tmp_path: Path) ->
         (found,) = torch.autograd.grad(module(x).sum(), x)
         assert expected.abs().max() > 0.01  # that of round() is zero
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_that_is_called_by_hand_is_what_it_does() -> None:
+    result, width = compiled(lambda x: Step.forward(None, x))
+    assert width == 5
+    assert not any(isinstance(n.target, Apply) for n in result.module.graph.nodes)
 
 
 def test_an_autograd_function_may_write_to_what_it_is_given() -> None:

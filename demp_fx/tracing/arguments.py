@@ -77,7 +77,8 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     several dims a tuple."""
     if target in ORDERED:
         x, *dims = args
-        dims = pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), dims)
+        if any(type(dim) is not int for dim in dims):
+            dims = pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), dims)
         return target, (x, *dims)
     if target is operator.getitem and isinstance(args[1], list) and any(map(_is_index, args[1])):
         return target, (args[0], tuple(args[1]))

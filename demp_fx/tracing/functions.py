@@ -27,6 +27,8 @@ from torch.utils._device import _device_constructors
 
 from demp_fx.tracing.values import DRAWS
 
+_STEPS = ("forward", "setup_context")  # what `Function.apply` calls
+
 
 class Apply:
     """Calls an autograd function. `Function.apply` itself says that it is torch's own, and
@@ -134,22 +136,36 @@ def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
     """Meanwhile `Function.apply` of a proxy is a node that calls it.
 
     Left alone it would run the forward on proxies, and the graph's gradient would be that of the
-    forward. What is replaced is what every `apply` ends in, however early it was looked up. Torch's
-    own functions (checkpointing, hooks) run through: their gradient is that of their forward.
+    forward. What is replaced is the forward that every `apply` looks up, however early itself was
+    looked up. Torch's own functions (checkpointing, hooks) run through: their gradient is that of
+    their forward.
     """
+    plain = type.__getattribute__
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        proxies = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-        if proxies and not cls.__module__.startswith("torch."):
-            return tracer.create_proxy("call_function", Apply(cls), args, kwargs)
-        return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+    def lookup(cls: Any, name: str) -> Any:
+        found = plain(cls, name)
+        if name not in _STEPS or plain(cls, "__module__").startswith("torch."):
+            return found
+        split = plain(cls, "setup_context") is not _SingleLevelFunction.setup_context
 
-    base: Any = _SingleLevelFunction
-    base.apply = classmethod(apply)
+        @functools.wraps(found)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            applied = split or (bool(args) and isinstance(args[0], plain(cls, "_backward_cls")))
+            leaves = pytree.tree_leaves((args, kwargs)) if applied else ()
+            if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+                return found(*args, **kwargs)
+            if name == "setup_context":
+                return None
+            return tracer.create_proxy("call_function", Apply(cls), args[not split :], kwargs)
+
+        return step if name == "forward" or split else found
+
+    meta: Any = type(Function)
+    meta.__getattribute__ = lookup
     try:
         yield
     finally:
-        del base.apply
+        del meta.__getattribute__
 
 
 @contextmanager

@@ -198,10 +198,10 @@ class _Lowering:
         """The nodes of a region without gradients or under autocast, between its two ends."""
         target: Any = node.target
         args: Any = [self._argument(a, env) for a in node.args]
-        if target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        if target.name() == "wrap_with_set_grad_enabled":
             enabled, body, *operands = args
             region = regions.enter(self.graph, torch.set_grad_enabled, (enabled,))
-        elif target is torch.ops.higher_order.wrap_with_autocast:
+        elif target.name() == "wrap_with_autocast":
             *given, body = args[:5]
             operands = args[5:]
             region = regions.enter(self.graph, torch.autocast, tuple(given))

@@ -160,7 +160,11 @@ class Tracer(Submodules):
         expression = None if is_hooked(self.root) else expression_of(self.root)
         # _call_impl, not forward: it runs the root's hooks, and a forward set on the instance.
         call = functools.partial(expression, self.root) if expression else self.root._call_impl
-        return functools.partial(self._run, call), []
+
+        def run():  # type: ignore[no-untyped-def]  # fx would take an annotation for the output's
+            return self._run(call)
+
+        return run, []
 
     def _run(self, forward: Callable[..., Any]) -> Any:
         with proxies_are_tensors():
