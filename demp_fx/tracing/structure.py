@@ -53,7 +53,8 @@ def output(graph: fx.Graph, tree: pytree.TreeSpec, leaves: Iterator[Any]) -> Any
     transformers return, is made by a call of its class."""
     if tree.is_leaf():
         return next(leaves)
-    parts = [output(graph, child, leaves) for child in tree.children()]
+    children = tree.children() if hasattr(tree, "children") else tree.children_specs
+    parts = [output(graph, child, leaves) for child in children]
     kind: Any = tree.type
     if kind in (tuple, list):
         return kind(parts)

@@ -20,10 +20,11 @@ aten = torch.ops.aten
 
 # Ops that return their input as it is, in another dtype, memory or wrapper.
 COPIES = {"aten::clone", "aten::_to_copy", "aten::detach", "aten::alias", "aten::detach_"}
-# Elementwise, though the dispatcher does not say so.
+# Elementwise, though the dispatcher does not say so, or did not in torch 2.6.
 UNTAGGED = {"aten::hardswish", "aten::hardswish_", "aten::_prelu_kernel", "aten::native_dropout",
             "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::complex",
-            "aten::polar", "aten::masked_fill"}  # fmt: skip
+            "aten::polar", "aten::masked_fill", "aten::leaky_relu", "aten::leaky_relu_",
+            "aten::ldexp", "aten::_conj_physical"}  # fmt: skip
 # Autograd functions of other packages that are elementwise, by class.
 FUNCTIONS = {f"{home}.activations_me.{name}{kind}"
              for home, kind in (("timm.layers", "AutoFn"), ("geffnet.activations", "JitAutoFn"))
