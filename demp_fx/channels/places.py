@@ -342,6 +342,16 @@ def _holds_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def is_supplied(value: Value) -> bool:
+    """Whether a value has channels of which all is known, which can be put back at any place."""
+    for label in value.labels:
+        dims = varying(label)
+        known = _supplied(value, dims[0], label.numel()) if len(dims) == 1 else None
+        if known is not None and bool(known.any()):
+            return True
+    return False
+
+
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:
     facts = value.known.along(dim, size) if value.known is not None else None
     return facts.steady if facts is not None else None

@@ -38,13 +38,15 @@ def changed(before: list[Kept], modules: Iterable[nn.Module], weights: Iterable[
 
 
 def attributes(root: nn.Module) -> dict[str, Kept]:
-    """The tensors that modules have as plain attributes, by name, and copies of them."""
+    """The tensors that modules have as plain attributes, by name, and copies of them. (Where their
+    class has one of this name, too, no buffer could be called so.)"""
     return {
         f"{path}.{name}".lstrip("."): (value, _copy(value))
         for path, module in root.named_modules()
         for name, value in vars(module).items()
         if (kind := type(value)) not in _OTHERS and issubclass(kind, Tensor)
-    }
+        and not hasattr(type(module), name)
+    }  # fmt: skip
 
 
 def changed_attributes(before: dict[str, Kept], root: nn.Module) -> set[str]:

@@ -38,6 +38,7 @@ from demp_fx.tracing.functions import (
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.memo import is_made_anew
 from demp_fx.tracing.module import left_out
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
@@ -76,6 +77,7 @@ class Tracer(Submodules):
         bound: the example inputs as arguments of the root's forward.
         forking: see `Submodules`.
         states: buffers that are attributes else, by name, as the forward changes them.
+        remembers: what is kept for inputs of the same sizes may be used.
 
     Attributes:
         plain: the tensors that modules have as attributes, and not as buffers, by name.
@@ -85,12 +87,14 @@ class Tracer(Submodules):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, bound: inspect.BoundArguments, forking: bool = False, states: Set[str] = frozenset()
-    ) -> None:
+        self, bound: inspect.BoundArguments, forking: bool = False, states: Set[str] = frozenset(),
+        remembers: bool = False,
+    ) -> None:  # fmt: skip
         called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
         super().__init__(called, forking)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
         self.bound, self.states = bound, states
+        self.memos = None if remembers else set()
         self.changed: set[str] = set()
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
@@ -165,6 +169,8 @@ class Tracer(Submodules):
     def _run(self, forward: Callable[..., Any]) -> Any:
         with proxies_are_tensors():
             result = forward(*self.bound.args, **self.bound.kwargs)
+        if not all(map(is_made_anew, self.memos or ())):
+            raise TypeError("sizes that it compares are none of the last call")
         keep_assigned(self)
         leaves, _ = pytree.tree_flatten_with_path(result)
         self.returned = {id(leaf): pytree.keystr(path) for path, leaf in leaves}
