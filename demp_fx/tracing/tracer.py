@@ -30,6 +30,7 @@ from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
     aten_as_nodes,
+    attention_in_parts,
     batch_norms_as_nodes,
     checks_of_proxies,
     distributions_of_proxies,
@@ -114,7 +115,7 @@ class Tracer(Submodules):
         self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
-            preserved(root.modules()), as_nodes(self), aten_as_nodes(self),
+            preserved(root.modules()), as_nodes(self), aten_as_nodes(self), attention_in_parts(),
             batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
             items_as_nodes(self), kinds_of_devices(self),
