@@ -350,13 +350,16 @@ class Walk(Layers):
         return "it goes into a module that could not be traced" if name in self.opaque else ""
 
     def _output(self, node: fx.Node) -> None:
-        """What the network returns keeps all of its channels; those that are known are put back."""
+        """What the network returns keeps all of its channels. Those of a value that others read,
+        too, are put back where they are known."""
         for n in node.all_input_nodes:
             self._refresh(n)
         for n in node.all_input_nodes:
             tensor = self.env[n]
-            known = isinstance(tensor, Tensor) and is_supplied(self.value(tensor))
-            self._pin(self._enter(n, node, spread=known), "it is the network's output")
+            known = isinstance(tensor, Tensor) and len(n.users) > 1
+            known = known and is_supplied(self.value(tensor))
+            out = self._enter(n, node, spread=True) if known else tensor
+            self._pin(out, "it is the network's output")
 
 
 def _alike(one: Facts | None, other: Facts | None) -> bool:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from demp_fx.expressions import expression_of
 from demp_fx.tracing.arguments import in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
-from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place
+from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place, writes
 from demp_fx.tracing.checks import is_checked
 from demp_fx.tracing.functions import (
     ATEN,
@@ -46,7 +46,13 @@ from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line, users_frame
-from demp_fx.tracing.states import attributes, changed_attributes, written_attributes
+from demp_fx.tracing.states import (
+    attributes,
+    changed_attributes,
+    kept_memory,
+    memory_of,
+    written_attributes,
+)
 from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
     NUMBERS,
@@ -56,6 +62,7 @@ from demp_fx.tracing.values import (
     on_meta,
     set_modes,
 )
+from demp_fx.tracing.written import Written, as_written, give_back
 
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
@@ -101,6 +108,7 @@ class Tracer(Submodules):
         self.lent: list[weakref.ref[fx.Proxy]] = []
         self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
         self.augmented: list[fx.Node] = []
+        self.written: list[Written] = []
         self.returned: dict[int, str] = {}  # by its id, the place in the output
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -110,6 +118,7 @@ class Tracer(Submodules):
         self.state = dict(named_state(root))
         for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
+        self.kept = kept_memory(root)
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
         self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
@@ -194,6 +203,10 @@ class Tracer(Submodules):
             self.reshaped.append((args[0], args[0].node))
             args[0].node = shaped.node
             return args[0]
+        if args and isinstance(args[0], Tensor) and writes(kind, target):
+            args = (self._written(args[0]), *args[1:])
+        if isinstance(kwargs.get("out"), Tensor):
+            kwargs = {**kwargs, "out": self._written(kwargs["out"])}
         target, args = spelled_out(target, args, self.values)
         if kwargs and not args and kind in ("call_function", "call_module"):
             layer = kind == "call_module"
@@ -221,10 +234,20 @@ class Tracer(Submodules):
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
 
+    def _written(self, tensor: Tensor) -> Tensor:
+        """A tensor that is written into: if the code has made it, it is a value from now on."""
+        if isinstance(tensor, (fx.Proxy, Written)) or memory_of(tensor) in self.kept:
+            return tensor
+        self.written.append(as_written(tensor, self))
+        return self.written[-1]
+
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes
         for node in list(itertools.islice(reversed(nodes), len(nodes) - mark)):
             self.graph.erase_node(node)
+        lost = [tensor for tensor in self.written if tensor.proxy.node._erased]
+        self.written = [tensor for tensor in self.written if not tensor.proxy.node._erased]
+        give_back(lost)
         while self.reshaped and self.reshaped[-1][0].node._erased:
             proxy, node = self.reshaped.pop()
             proxy.node = node
@@ -268,6 +291,8 @@ class Tracer(Submodules):
                 a._node = None  # it was made by an attempt that was rolled back
             return a.node
         if isinstance(a, Tensor):
+            if isinstance(a, Written):
+                return a.proxy.node
             if id(a) in self.names:
                 return self.create_node("get_attr", self.names[id(a)], (), {})
             if a.grad_fn is not None:
@@ -306,6 +331,7 @@ class Tracer(Submodules):
     def _take_back(self) -> None:
         """Code may keep proxies for good, as keys of a cache of its own (einops does): they then do
         not keep the model."""
+        give_back(self.written)
         for reference in self.lent:
             if (proxy := reference()) is not None:
                 vars(proxy).clear()
