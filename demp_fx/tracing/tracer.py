@@ -22,7 +22,7 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import expression_of
-from demp_fx.tracing.arguments import in_place, spelled_out
+from demp_fx.tracing.arguments import FILLED, filled, in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
 from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place, writes
 from demp_fx.tracing.checks import is_checked
@@ -207,6 +207,10 @@ class Tracer(Submodules):
             args = (self._written(args[0]), *args[1:])
         if isinstance(kwargs.get("out"), Tensor):
             kwargs = {**kwargs, "out": self._written(kwargs["out"])}
+        if target in FILLED and (parts := filled(target, args, kwargs, self.values)):
+            number, args, kwargs = parts
+            made = self.create_proxy(kind, FILLED[target][1], args, kwargs)
+            return made.fill_(number.detach())
         target, args = spelled_out(target, args, self.values)
         if kwargs and not args and kind in ("call_function", "call_module"):
             layer = kind == "call_module"
