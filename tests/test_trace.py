@@ -548,6 +548,23 @@ def test_a_branch_on_training_is_followed_and_noted() -> None:
     assert graph.meta["demp_fx"].baked == [note]
 
 
+ASKED: dict[str, Callable[[Tensor], bool]] = {
+    "sizes": lambda x: x.shape[0] > 1,
+    "dtype": lambda x: x.dtype in (torch.float16, torch.bfloat16),
+    "device": lambda x: x.device.type == "mps",
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_note_says_what_a_branch_was_on(asked: str) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if ASKED[asked](x) else x - 1
+
+    (note,) = demp_fx.trace(Asks(), X).meta["demp_fx"].baked
+    assert note.endswith(f"followed for the example inputs' {asked}")
+
+
 @pytest.mark.parametrize("mode", [False, True], ids=["traced-in-eval", "traced-in-training"])
 def test_a_number_chosen_by_training_follows_train_and_eval(mode: bool) -> None:
     class Attention(nn.Module):

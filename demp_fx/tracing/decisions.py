@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from demp_fx.tracing.checks import passing
@@ -50,12 +51,18 @@ class Decisions(fx.Tracer):
     def _note(self, node: fx.Node) -> None:
         modes = self.values.training
         found = [modes[n.target] for n in (node, *node.all_input_nodes) if n.target in modes]
-        what = f"{'train' if found[0] else 'eval'} mode" if found else "the example inputs' sizes"
+        what = f"{'train' if found[0] else 'eval'} mode" if found else self._property(node)
         note = f"{quoted(user_line(sys._getframe()))} followed for {what}"
         self.baked[note] = None
         if found:
             self.mode_decisions += 1
             self.by_mode.add(note)
+
+    def _property(self, node: fx.Node) -> str:
+        """What of the example inputs a node asks for."""
+        kinds = {type(self.values.of_node(n)) for n in (node, *node.all_input_nodes)}
+        asked = "dtype" if torch.dtype in kinds else "sizes"
+        return f"the example inputs' {'device' if kinds & {torch.device, str} else asked}"
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node.target in ASKS and self._is_of_another_size(obj.node, sys._getframe(1)):
