@@ -68,6 +68,30 @@ def test_a_map_that_is_kept_for_images_of_one_size(sizes: str, before: int | Non
         torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+def test_sizes_may_be_compared_one_by_one() -> None:
+    class OneByOne(Located):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.make(x).relu()
+            height, width = x.shape[-2:]
+            if self.size is None or self.size[0] != height or self.size[1] != width:
+                self.build(height, width, x.dtype)
+            result: Tensor = self.read(x + self.grid)
+            return result
+
+        def build(self, height: int, width: int, dtype: torch.dtype) -> None:
+            self.grid = torch.arange(height * width, dtype=dtype).view(height, width).cos()
+            self.size = (height, width)
+
+    torch.manual_seed(0)
+    model = half_dead(OneByOne(SIZES["shape"])).double()
+    model(torch.randn(2, 3, 6, 6).double())
+    result = demp_fx.compile(model, torch.randn(2, 3, 6, 6).double())
+    assert model.size == (6, 6)
+    for side in (6, 9, 4):
+        x = torch.randn(3, 3, side, side + 1).double()
+        torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_kept_in_another_precision_is_no_reason_to_refuse() -> None:
     torch.manual_seed(0)
     model = half_dead(Located(SIZES["shape"]))

@@ -28,14 +28,14 @@ Memo = tuple[nn.Module, str]  # a module, and its attribute that holds the sizes
 
 
 def memo_of(node: fx.Node, frame: types.FrameType) -> Memo | None:
-    """The attribute that `node` compares with sizes, if `frame`, which asks for it, has code that
-    writes to it as well, and does more about it than to raise."""
+    """The attribute that `node` compares with sizes, if `frame`, which asks for it, is a method of a
+    module that writes to it as well, and does more about it than to raise."""
     plain = [a for a in node.args if not isinstance(a, fx.Node)]
     code = frame.f_code
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if len(plain) != 1 or not isinstance(owner, nn.Module) or passing(frame) is not None:
         return None
-    named = (name for name in _written(code) if _holds(owner, name, plain[0]))
+    named = (name for name in _written(type(owner)) if _holds(owner, name, plain[0]))
     return next(((owner, name) for name in named), None)
 
 
@@ -56,12 +56,20 @@ def forgotten(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         table = vars(model.get_submodule(path))
         if attribute in table:
             before.append((table, attribute, table[attribute]))
-            table[attribute] = None
+            table[attribute] = _of_no_input(table[attribute])
     try:
         yield
     finally:
         for table, attribute, held in before:
             table[attribute] = held
+
+
+def _of_no_input(held: Any) -> Any:
+    """Sizes that none is equal to."""
+    if isinstance(held, (tuple, list)):
+        sizes = map(_of_no_input, held)
+        return type(held)(*sizes) if hasattr(held, "_fields") else type(held)(sizes)
+    return -1 if type(held) is int else held
 
 
 def is_size(value: Any) -> bool:
@@ -77,6 +85,13 @@ def _holds(owner: nn.Module, name: str, value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _written(code: types.CodeType) -> list[str]:
-    """The names of attributes that a function's code writes to."""
-    return [i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"]
+def _written(kind: type[nn.Module]) -> list[str]:
+    """The names of attributes that methods of a class write to, once it is made."""
+    methods = [
+        method
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name, method in vars(base).items()
+        if isinstance(method, types.FunctionType) and name != "__init__"
+    ]
+    found = (i for method in methods for i in dis.get_instructions(method))
+    return list(dict.fromkeys(i.argval for i in found if i.opname == "STORE_ATTR"))
