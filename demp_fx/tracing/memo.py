@@ -28,8 +28,8 @@ Memo = tuple[nn.Module, str]  # a module, and its attribute that holds the sizes
 
 
 def memo_of(node: fx.Node, frame: types.FrameType) -> Memo | None:
-    """The attribute that `node` compares with sizes, if `frame`, which asks for it, is a method of a
-    module that writes to it as well, and does more about it than to raise."""
+    """The attribute that `node` compares with sizes, if what asks for it is in a method of a module
+    that writes to it as well, and does more about it than to raise."""
     plain = [a for a in node.args if not isinstance(a, fx.Node)]
     code = frame.f_code
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
