@@ -50,10 +50,10 @@ def is_made_anew(memo: Memo) -> bool:
 def forgotten(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Meanwhile `model` is as if it had never been called: what it has kept in another precision,
     or on another device, would not be what it makes now."""
-    before = []
+    before, modules = [], dict(model.named_modules())
     for name in names:
         path, _, attribute = name.rpartition(".")
-        table = vars(model.get_submodule(path))
+        table = vars(modules[path]) if path in modules else {}
         if attribute in table:
             before.append((table, attribute, table[attribute]))
             table[attribute] = _of_no_input(table[attribute])

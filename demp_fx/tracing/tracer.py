@@ -203,9 +203,9 @@ class Tracer(Submodules):
             self.reshaped.append((args[0], args[0].node))
             args[0].node = shaped.node
             return args[0]
-        if args and isinstance(args[0], Tensor) and writes(kind, target):
+        if args and issubclass(type(args[0]), Tensor) and writes(kind, target):
             args = (self._written(args[0]), *args[1:])
-        if isinstance(kwargs.get("out"), Tensor):
+        if issubclass(type(kwargs.get("out")), Tensor):
             kwargs = {**kwargs, "out": self._written(kwargs["out"])}
         if target in FILLED and (parts := filled(target, args, kwargs, self.values)):
             number, args, kwargs = parts
@@ -240,7 +240,7 @@ class Tracer(Submodules):
 
     def _written(self, tensor: Tensor) -> Tensor:
         """A tensor that is written into: if the code has made it, it is a value from now on."""
-        if isinstance(tensor, (fx.Proxy, Written)) or memory_of(tensor) in self.kept:
+        if isinstance(tensor, Written) or memory_of(tensor) in self.kept:
             return tensor
         self.written.append(as_written(tensor, self))
         return self.written[-1]
