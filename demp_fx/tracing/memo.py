@@ -35,7 +35,8 @@ def memo_of(node: fx.Node, frame: types.FrameType) -> Memo | None:
     owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if len(plain) != 1 or not isinstance(owner, nn.Module) or passing(frame) is not None:
         return None
-    named = (name for name in _written(type(owner)) if _holds(owner, name, plain[0]))
+    kind: Any = type(owner)
+    named = (name for name in _written(kind) if _holds(owner, name, plain[0]))
     return next(((owner, name) for name in named), None)
 
 
@@ -53,7 +54,7 @@ def forgotten(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     before, modules = [], dict(model.named_modules())
     for name in names:
         path, _, attribute = name.rpartition(".")
-        table = vars(modules[path]) if path in modules else {}
+        table: dict[str, Any] = modules[path].__dict__ if path in modules else {}
         if attribute in table:
             before.append((table, attribute, table[attribute]))
             table[attribute] = _of_no_input(table[attribute])
@@ -85,7 +86,7 @@ def _holds(owner: nn.Module, name: str, value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _written(kind: type[nn.Module]) -> list[str]:
+def _written(kind: Any) -> list[str]:
     """The names of attributes that methods of a class write to, once it is made."""
     methods = [
         method
