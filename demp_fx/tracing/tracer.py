@@ -207,6 +207,8 @@ class Tracer(Submodules):
             args = (self._written(args[0]), *args[1:])
         if issubclass(type(kwargs.get("out")), Tensor):
             kwargs = {**kwargs, "out": self._written(kwargs["out"])}
+        if target is operator.pow and type(args[0]) in (int, float) and args[0] < 0:
+            target = pow  # the code would read `-1 ** x`, and Python that as `-(1 ** x)`
         if target in FILLED and (parts := filled(target, args, kwargs, self.values)):
             number, args, kwargs = parts
             made = self.create_proxy(kind, FILLED[target][1], args, kwargs)
