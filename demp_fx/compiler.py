@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,7 +132,10 @@ def compile(
                 "holds for a first call only: the original keeps something from call to call that "
                 "was not followed" + "".join(lost)
             )
-        if train and report.verification.train_error is None and followed_mode(module):
+        both = report.verification.train_error is not None and not math.isnan(
+            report.verification.eval_error
+        )
+        if train and not both and followed_mode(module):
             lines = "; ".join(followed_mode(module))
             report.warnings.append(f"not compared in both modes: the original's code asks: {lines}")
     if optimizer is not None:

@@ -11,6 +11,7 @@ left out: the result is the one it gives when a parameter requires a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,6 +61,39 @@ def multihead_attention(
     if not need_weights:
         return output, None
     return output, weights.mean(dim=-3) if average_attn_weights else weights
+
+
+def attention_function(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: Tensor | None,
+    bias_v: Tensor | None, add_zero_attn: bool, dropout_p: float, out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None, training: bool = True, key_padding_mask: Tensor | None = None,
+    need_weights: bool = True, attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False, q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None, v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None, static_v: Tensor | None = None,
+    average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`F.multi_head_attention_forward`, called with the weights of other layers.
+
+    Raises:
+        NotImplementedError: `bias_k`, `bias_v`, `add_zero_attn` or static keys are in use.
+    """
+    if static_k is not None or static_v is not None:
+        raise NotImplementedError("attention with static keys or values")
+    weight: Any = q_proj_weight if use_separate_proj_weight else in_proj_weight
+    layer: Any = SimpleNamespace(
+        num_heads=num_heads, head_dim=weight.shape[-1] // num_heads, batch_first=False,
+        dropout=dropout_p, training=training, bias_k=bias_k, bias_v=bias_v,
+        add_zero_attn=add_zero_attn, _qkv_same_embed_dim=not use_separate_proj_weight,
+        in_proj_weight=in_proj_weight, in_proj_bias=in_proj_bias, q_proj_weight=q_proj_weight,
+        k_proj_weight=k_proj_weight, v_proj_weight=v_proj_weight,
+        out_proj=lambda rows: F.linear(rows, out_proj_weight, out_proj_bias),
+    )  # fmt: skip
+    return multihead_attention(
+        layer, query, key, value, key_padding_mask, need_weights, attn_mask,
+        average_attn_weights, is_causal,
+    )  # fmt: skip
 
 
 def _in_projection(

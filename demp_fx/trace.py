@@ -76,8 +76,9 @@ def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule
     baked = list(dict.fromkeys([*before.baked, *notes.baked]))
     module.meta["example_inputs"] = inputs.map(lambda t: torch.empty_like(t, device="meta"))
     module.meta["demp_fx"] = TraceNotes(
-        {**before.opaque, **notes.opaque}, baked, notes.exported or before.exported
-    )
+        {**before.opaque, **notes.opaque}, baked, notes.exported or before.exported,
+        [*before.memos, *notes.memos],
+    )  # fmt: skip
     return module
 
 
@@ -96,7 +97,7 @@ def _graph(
         graph, tracer = _symbolic(model, bind)
         failure, where, why = None, "", _mostly_opaque(model, tracer)
         if not why:
-            return graph, TraceNotes(tracer.opaque, list(tracer.baked))
+            return graph, _notes(model, tracer)
     except DempError:
         raise
     except Exception as error:
@@ -106,7 +107,7 @@ def _graph(
         exported = exporter.trace()
     except Exception as error:
         if failure is None:
-            return graph, TraceNotes(tracer.opaque, list(tracer.baked))
+            return graph, _notes(model, tracer)
         raise TraceError(
             f"{where}: {type(model).__name__} could not be traced: {why}. Nor could torch.export "
             f"take it, at {failed_at(error)}: {first_line(error)}. "
@@ -117,6 +118,12 @@ def _graph(
         setattr(model, name, constant)
     reason = f"{where}: {why}" if where else why
     return exported, TraceNotes({}, list(exporter.baked), reason)
+
+
+def _notes(model: nn.Module, tracer: Tracer) -> TraceNotes:
+    paths = {module: path for path, module in model.named_modules()}
+    memos = [f"{paths[m]}.{name}".lstrip(".") for m, name in tracer.memos or () if m in paths]
+    return TraceNotes(tracer.opaque, list(tracer.baked), memos=sorted(memos))
 
 
 def _symbolic(
@@ -143,18 +150,21 @@ def _symbolic(
 
 
 def _traced(
-    model: nn.Module, bind: Callable[[], inspect.BoundArguments], forking: bool = False
-) -> tuple[fx.Graph, Tracer]:
+    model: nn.Module, bind: Callable[[], inspect.BoundArguments], forking: bool = False,
+    remembers: bool = False,
+) -> tuple[fx.Graph, Tracer]:  # fmt: skip
     """The graph of the mode that the model is in. Attributes that turn out to be states are traced
     as buffers then, of which every use is seen."""
-    done, tracer = None, Tracer(bind(), forking)
+    done, tracer = None, Tracer(bind(), forking, remembers=remembers)
     try:
         done = tracer.trace(model), tracer
     except Exception:
+        if tracer.memos:
+            return _traced(model, bind, forking, remembers=True)
         if not tracer.changed:
             raise
     if tracer.changed:
-        again = Tracer(bind(), forking, tracer.changed)
+        again = Tracer(bind(), forking, tracer.changed, remembers)
         try:
             with preserved(model.modules()):
                 as_buffers(model, tracer.changed)

@@ -346,3 +346,53 @@ def test_a_derived_batch_norm_is_called_again_after_its_part() -> None:
     graph = traced_like_eager(Twice(), {"input": tensor(3, 4, 2, 2)})
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     assert calls[:2] == ["layer.norm.act", "layer.norm"]
+
+
+class Pool(nn.Module):
+    """Attention called as torch's function, with the weights of linear layers."""
+
+    def __init__(self, separate: bool, **options: Any) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.in_proj, self.c_proj = nn.Linear(8, 24), nn.Linear(8, 5)
+        self.separate, self.options = separate, options
+
+    def forward(self, query: Tensor, **masks: Tensor) -> Any:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        bias = torch.cat([part.bias for part in parts]) if self.separate else self.in_proj.bias
+        return nn.functional.multi_head_attention_forward(
+            query=query[:2], key=query, value=query, embed_dim_to_check=query.shape[-1],
+            num_heads=2, in_proj_weight=None if self.separate else self.in_proj.weight,
+            in_proj_bias=bias, bias_k=None, bias_v=None, add_zero_attn=False, dropout_p=0.0,
+            out_proj_weight=self.c_proj.weight, out_proj_bias=self.c_proj.bias,
+            training=self.training, use_separate_proj_weight=self.separate,
+            q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight, **self.options, **masks,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
+def test_attention_called_as_a_function(separate: bool, need_weights: bool) -> None:
+    layer = Pool(separate, need_weights=need_weights)
+    traced_like_eager(layer, {"query": tensor(5, 2, 8)})
+    traced_like_eager(layer, {"query": tensor(5, 2, 8), "key_padding_mask": PADDING})
+
+
+def test_attention_called_as_a_function_is_narrowed() -> None:
+    layer = Pool(separate=True, need_weights=False).double()
+    with torch.no_grad():
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj):  # two of four dims of each head
+            part.weight[::2] = 0
+            part.bias[::2] = 0
+    x = tensor(5, 2, 8)
+    narrow = demp_fx.compile(layer, {"query": x}).module
+    assert narrow.get_parameter("k_proj.weight").shape == (4, 8)
+    assert narrow.get_parameter("c_proj.weight").shape == (5, 4)
+    torch.testing.assert_close(narrow(query=x), layer(query=x), rtol=0, atol=1e-12)
+
+
+def test_static_keys_are_left_to_torch() -> None:
+    keys = tensor(4, 5, 4)
+    layer = Pool(separate=True, need_weights=False, static_k=keys)
+    traced_like_eager(layer, {"query": tensor(5, 2, 8)})

@@ -263,7 +263,8 @@ def test_a_draw_that_has_nothing_to_do_with_the_input_is_drawn_at_each_call(draw
     torch.testing.assert_close(result.module(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_way_of_one_mode_is_kept_and_said() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_the_way_of_one_mode_is_kept_and_said(training: bool) -> None:
     class Auxiliary(Residual):
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
@@ -273,7 +274,7 @@ def test_the_way_of_one_mode_is_kept_and_said() -> None:
             return result
 
     torch.manual_seed(0)
-    net, x = _half_dead(Auxiliary()).eval(), torch.randn(6, 5)
+    net, x = _half_dead(Auxiliary()).train(training), torch.randn(6, 5)
     report = demp_fx.compile(net, (x,)).report
     assert any("if self.training:" in line for line in report.warnings)
 

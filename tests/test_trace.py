@@ -548,6 +548,44 @@ def test_a_branch_on_training_is_followed_and_noted() -> None:
     assert graph.meta["demp_fx"].baked == [note]
 
 
+ASKED: dict[str, Callable[[Tensor], bool]] = {
+    "sizes": lambda x: x.shape[0] > 1,
+    "dtype": lambda x: x.dtype in (torch.float16, torch.bfloat16),
+    "device": lambda x: x.device.type == "mps",
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_note_says_what_a_branch_was_on(asked: str) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if ASKED[asked](x) else x - 1
+
+    (note,) = demp_fx.trace(Asks(), X).meta["demp_fx"].baked
+    assert note.endswith(f"followed for the example inputs' {asked}")
+
+
+NUMBERS: dict[str, Callable[[Tensor], Any]] = {
+    "negative base": lambda x: x * (-1) ** torch.arange(x.shape[-1], device=x.device),
+    "negative fraction": lambda x: x * (-0.5) ** x.shape[0],
+    "rounded": lambda x: x[: round(x.shape[0] * 0.6)] * round(x.shape[0] / 3, 1),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_are_what_python_makes_of_them(number: str) -> None:
+    class Computes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = NUMBERS[number](x)
+            return result
+
+    model = Computes()
+    graph = demp_fx.trace(model, tensor(3, 4))
+    for size in (3, 5, 8):
+        x = tensor(size, 4)
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("mode", [False, True], ids=["traced-in-eval", "traced-in-training"])
 def test_a_number_chosen_by_training_follows_train_and_eval(mode: bool) -> None:
     class Attention(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ class Crops:
     """The crops of a walk over the nodes of a graph."""
 
     walk: Places
-    _labels: list[Tensor] = field(default_factory=list)  # of the tables
 
     @functools.cached_property
     def sizes(self) -> InputSizes:
@@ -42,7 +41,7 @@ class Crops:
                 if dims & set(varying(label)):
                     system, site = self.walk.system, self.walk.site
                     system.pin(label, "is cropped at a size of the input", site)
-                    self._labels.append(label.reshape(-1))
+                    self.walk.tables.append(label.reshape(-1))
 
     def varies(self, end: fx.Node) -> bool:
         """Whether a number or sizes that a node holds depend on the input's."""
@@ -53,7 +52,7 @@ class Crops:
         those of no table."""
         dims = set()
         for label in self.walk.value(self.walk.env[node]).labels:
-            if not any(bool(torch.isin(label, table).any()) for table in self._labels):
+            if not self.walk.is_cropped(label):
                 dims |= set(varying(label))
         return dims
 

@@ -36,7 +36,8 @@ class Places(Stream):
 
     `given`: nodes that depend on the network's inputs; `made`: those that are computed of
     parameters alone, such as a standardised weight; `lent`: the sizes of the input in these;
-    `joined`: those of them that hold several side by side; `exits`: nodes behind which blocks end.
+    `joined`: those of them that hold several side by side; `exits`: nodes behind which blocks end;
+    `tables`: the atoms along what is cropped at a size of the input.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Places(Stream):
         self.made: set[fx.Node] = set()
         self.lent: dict[fx.Node, set[int]] = {}
         self.joined: set[fx.Node] = set()
+        self.tables: list[Tensor] = []
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
@@ -131,7 +133,8 @@ class Places(Stream):
             dims = varying(label)
             chosen = len(dims) == 1 and (only is None or any(label is one for one in only))
             chosen = chosen and dims[0] not in blocks
-            chosen = chosen and bool(label.all())  # else some of it may be as long as the input
+            # else some of it may be as long as the input
+            chosen = chosen and bool(label.all()) and not self.is_cropped(label)
             if chosen and (fixed or not (self.merged and repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
@@ -242,6 +245,10 @@ class Places(Stream):
                 if shared and not self._is_last_use(n, node):
                     self.system.same(edge.source, edge.target, self.site)
 
+    def is_cropped(self, label: Tensor) -> bool:
+        """Whether a label is along what is cropped at a size of the input."""
+        return any(bool(torch.isin(label, table).any()) for table in self.tables)
+
     def _is_sum(self, node: fx.Node) -> bool:
         """A residual sum: two activations of one shape, nothing else, no one to see it in place."""
         if called(node) not in SUMS or len(node.args) != 2 or node.kwargs:
@@ -340,6 +347,16 @@ def _partly_silent(read: Read) -> bool:
 
 def _holds_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_supplied(value: Value) -> bool:
+    """Whether a value has channels of which all is known, which can be put back at any place."""
+    for label in value.labels:
+        dims = varying(label)
+        known = _supplied(value, dims[0], label.numel()) if len(dims) == 1 else None
+        if known is not None and bool(known.any()):
+            return True
+    return False
 
 
 def _supplied(value: Value, dim: int, size: int) -> Tensor | None:

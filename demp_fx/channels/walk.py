@@ -29,7 +29,7 @@ from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, repeats
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
-from demp_fx.channels.places import SIZES
+from demp_fx.channels.places import SIZES, is_supplied
 from demp_fx.channels.plain import call_of
 from demp_fx.channels.running import Running
 from demp_fx.channels.stream import Rule
@@ -350,9 +350,16 @@ class Walk(Layers):
         return "it goes into a module that could not be traced" if name in self.opaque else ""
 
     def _output(self, node: fx.Node) -> None:
+        """What the network returns keeps all of its channels. Those of a value that others read,
+        too, are put back where they are known."""
         for n in node.all_input_nodes:
             self._refresh(n)
-        self._pin([self.env[n] for n in node.all_input_nodes], "it is the network's output")
+        for n in node.all_input_nodes:
+            tensor = self.env[n]
+            known = isinstance(tensor, Tensor) and len(n.users) > 1
+            known = known and is_supplied(self.value(tensor))
+            out = self._enter(n, node, spread=True) if known else tensor
+            self._pin(out, "it is the network's output")
 
 
 def _alike(one: Facts | None, other: Facts | None) -> bool:

@@ -262,7 +262,7 @@ class _Planner:
                 want & kept(edge.source) if edge.kind != "gather" else want
             )
         layouts: dict[tuple[str, int], Tensor] = {}
-        for node in self.walk.env:
+        for node in self.walk.graph.graph.nodes:
             edges = into.get(node.name)
             if edges is None:
                 continue

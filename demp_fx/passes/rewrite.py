@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from demp_fx.calls import ASKS, COUNTS, called
 from demp_fx.passes.count import recount
@@ -271,6 +272,9 @@ def _spread(
     shape[spread.dim] = -1
     values = spread.shift if spread.shift is not None else [0.0] * spread.size
     shift = constants.add(graph, f"{name}_shift", values, shape)
+    if not spread.places:  # nothing is left of it but its other sizes
+        margins = [0, 0] * (spread.rank - spread.dim - 1) + [0, spread.size]
+        return _shifted(graph, graph.call_function(functional.pad, (narrow, margins)), shift)
     index = constants.add(graph, f"{name}_places", spread.places, [-1])
     one = graph.call_function(torch.narrow, (narrow, spread.dim, 0, 1))
     blank = graph.call_function(torch.zeros_like, (one,))

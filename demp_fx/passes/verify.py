@@ -18,6 +18,7 @@ from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.calls import Precision, run, runs
 from demp_fx.passes.outcome import Verification
 from demp_fx.passes.trials import fresh, resized
+from demp_fx.tracing.memo import forgotten
 from demp_fx.tracing.preserve import CONSTANT
 from demp_fx.trees import tensors_of
 
@@ -43,13 +44,22 @@ def verify(
     `folded`: parameters were computed anew, and are rounded to their dtype. Raises
     `VerificationError` where the two differ by more than the tolerance. Neither is changed.
     """
+    notes = getattr(narrow, "meta", {}).get("demp_fx")
+    with forgotten(original, notes.memos if notes else ()):
+        inputs = Inputs.of(example_inputs)
+        return _compare(original, narrow, inputs, observed, train, folded, traced)
+
+
+def _compare(
+    original: nn.Module, narrow: nn.Module, inputs: Inputs, observed: bool, train: bool,
+    folded: bool, traced: nn.Module | None,
+) -> Verification:  # fmt: skip
     coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
                   if p.is_floating_point()), default=0.0)  # fmt: skip
     # what the original makes in its forward, it makes in float64 here
     made = [t for name, t in narrow.named_buffers() if CONSTANT in name and _is_real(t)]
     rounded = [coarse] * folded + [torch.finfo(t.dtype).eps for t in made]
     tolerance = max(TOLERANCE, FOLDED * max(rounded, default=0.0))
-    inputs = Inputs.of(example_inputs)
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
     errors: dict[bool, float | None] = {}
     ways: dict[bool, Precision] = {}

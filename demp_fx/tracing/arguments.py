@@ -28,6 +28,10 @@ SHAPED: set[Any] = {"view", "reshape", "expand", "new_zeros", "new_ones", "new_e
 SHAPED |= {torch.reshape, torch.zeros, torch.ones, torch.empty}
 # What takes dims one by one, also as tensors of one number: `x.permute(*order)`.
 ORDERED: set[Any] = {"permute", "transpose", "movedim", torch.permute}
+# What fills a new tensor with a number, the place of that, and what makes one without.
+FILLED: dict[Any, tuple[int, Any]] = {
+    "new_full": (2, "new_empty"), torch.full_like: (1, torch.empty_like)
+}  # fmt: skip
 _PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -96,6 +100,17 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     if isinstance(sizes, tuple):
         args = (*args[:-1], tuple(last[d] for d in range(len(sizes))))
     return target, args
+
+
+def filled(target: Any, args: Any, kwargs: dict[str, Any], values: Values) -> tuple[Any, ...]:
+    """Of a call that fills a tensor with the number in another one: that, and the arguments of what
+    makes one without. Only numbers can be looked up without those of the parameters."""
+    place = FILLED[target][0]
+    number = args[place] if place < len(args) else kwargs.get("fill_value")
+    if not isinstance(values.of(number), Tensor):
+        return ()
+    rest = {name: value for name, value in kwargs.items() if name != "fill_value"}
+    return number, args[:place], rest
 
 
 def _number(proxy: fx.Proxy, values: Values) -> Any:

@@ -13,6 +13,7 @@ from torch.fx.proxy import Attribute
 from demp_fx.tracing.functions import proxy_in
 from demp_fx.tracing.proxies import Flag, check_exchanged
 from demp_fx.tracing.source import quoted
+from demp_fx.tracing.written import Written
 
 if TYPE_CHECKING:
     from demp_fx.tracing.tracer import Tracer
@@ -20,14 +21,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def items_as_nodes(tracer: Tracer) -> Iterator[None]:
-    """Meanwhile items of a tensor that a module has as an attribute are nodes where a proxy is the
-    index, or is assigned to them, or to its data: caches and tables need not be buffers."""
+    """Meanwhile items of a tensor are nodes where a proxy is the index, or is assigned to them, or
+    to its data: caches and tables need not be buffers."""
     kind: Any = Tensor
     get, put, data = kind.__getitem__, kind.__setitem__, kind.data
 
     def records(tensor: Tensor, given: tuple[Any, ...]) -> bool:
-        own = not tracer.values.busy and any(tensor is t for t in tracer.plain.values())
-        return own and proxy_in(given) is not None
+        if tracer.values.busy:
+            return False
+        return isinstance(tensor, Written) or proxy_in(given) is not None
 
     def getitem(self: Tensor, index: Any) -> Any:
         if records(self, (index,)):

@@ -33,9 +33,14 @@ _FEATURES = {"shape", "dtype", "device", "ndim"}
 
 def is_write(node: fx.Node) -> bool:
     """Whether what a node calls writes to its first argument."""
-    name = node.target if node.op == "call_method" else ""
+    return writes(node.op, node.target)
+
+
+def writes(kind: str, target: Any) -> bool:
+    """The same of a call, before there is a node of it."""
+    name = target if kind == "call_method" else ""
     method = str(name).endswith("_") and not str(name).endswith("__")
-    return method or node.target is operator.setitem or node.target in IN_PLACE.values()
+    return method or target is operator.setitem or target in IN_PLACE.values()
 
 
 def is_view(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.overrides import _get_overridable_functions
 from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
+from demp_fx.expressions import attention_function
 from demp_fx.tracing.values import DRAWS
 
 _STEPS = ("forward", "setup_context")  # what `Function.apply` calls
@@ -186,6 +187,26 @@ def scripts_as_python() -> Iterator[None]:
         yield
     finally:
         kind.__call__ = compiled
+
+
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Meanwhile torch's function for attention is, on proxies, what it consists of."""
+    table = vars(F)
+    whole = table["multi_head_attention_forward"]
+
+    @functools.wraps(whole)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        if proxy_in((*args, *kwargs.values())) is not None:
+            with suppress(NotImplementedError):
+                return attention_function(*args, **kwargs)
+        return whole(*args, **kwargs)
+
+    table["multi_head_attention_forward"] = attention
+    try:
+        yield
+    finally:
+        table["multi_head_attention_forward"] = whole
 
 
 @contextmanager

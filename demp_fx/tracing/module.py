@@ -23,6 +23,7 @@ class TraceNotes:
     opaque: dict[str, str] = field(default_factory=dict)  # qualified name -> "reason at file:line"
     baked: list[str] = field(default_factory=list)  # "file:line: `the line` followed for ..."
     exported: str = ""  # why torch.export made the graph, if it did
+    memos: list[str] = field(default_factory=list)  # attributes: sizes that the last call had
 
 
 def left_out(place: str, value: Any) -> str:

@@ -77,6 +77,9 @@ class _Known:
     def __float__(self) -> float:
         return float(self.tracer.decided(self))
 
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

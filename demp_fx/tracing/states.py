@@ -29,6 +29,12 @@ def held(modules: Iterable[nn.Module], weights: Iterable[Tensor]) -> list[Kept]:
     return [(one, _copy(one)) for one in found if id(one) not in constant]
 
 
+def kept_memory(root: nn.Module) -> set[Any]:
+    """The memory of all tensors that modules hold, also in containers."""
+    found = (one for module in root.modules() for one in _within(vars(module)))
+    return {memory_of(one) for one in found if issubclass(type(one), Tensor)}
+
+
 def changed(before: list[Kept], modules: Iterable[nn.Module], weights: Iterable[Tensor]) -> bool:
     """Whether they hold anything else by now."""
     now = held(modules, weights)
@@ -38,13 +44,15 @@ def changed(before: list[Kept], modules: Iterable[nn.Module], weights: Iterable[
 
 
 def attributes(root: nn.Module) -> dict[str, Kept]:
-    """The tensors that modules have as plain attributes, by name, and copies of them."""
+    """The tensors that modules have as plain attributes, by name, and copies of them. (Where their
+    class has one of this name, too, no buffer could be called so.)"""
     return {
         f"{path}.{name}".lstrip("."): (value, _copy(value))
         for path, module in root.named_modules()
         for name, value in vars(module).items()
         if (kind := type(value)) not in _OTHERS and issubclass(kind, Tensor)
-    }
+        and not hasattr(type(module), name)
+    }  # fmt: skip
 
 
 def changed_attributes(before: dict[str, Kept], root: nn.Module) -> set[str]:
@@ -55,13 +63,13 @@ def changed_attributes(before: dict[str, Kept], root: nn.Module) -> set[str]:
 
 def written_attributes(graph: fx.Graph, root: nn.Module, names: Iterable[str]) -> set[str]:
     """The names of those that nodes of a graph write to, or to parts of them."""
-    memory = {_memory(operator.attrgetter(name)(root)): name for name in names}
+    memory = {memory_of(operator.attrgetter(name)(root)): name for name in names}
     written = [
         operator.attrgetter(str(n.target))(root)
         for n in graph.nodes
         if n.op == "get_attr" and _is_written(n)
     ]
-    return {memory[at] for at in map(_memory, written) if at in memory}
+    return {memory[at] for at in map(memory_of, written) if at in memory}
 
 
 def _is_written(node: fx.Node) -> bool:
@@ -73,7 +81,8 @@ def _is_written(node: fx.Node) -> bool:
     )
 
 
-def _memory(tensor: Any) -> Any:
+def memory_of(tensor: Any) -> Any:
+    """What is the same of tensors that share their memory."""
     strided = isinstance(tensor, Tensor) and tensor.layout is torch.strided
     return tensor.untyped_storage()._cdata if strided else tensor
 

@@ -22,14 +22,15 @@ from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from demp_fx.expressions import expression_of
-from demp_fx.tracing.arguments import in_place, spelled_out
+from demp_fx.tracing.arguments import FILLED, filled, in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
-from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place
+from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place, writes
 from demp_fx.tracing.checks import is_checked
 from demp_fx.tracing.functions import (
     ATEN,
     as_nodes,
     aten_as_nodes,
+    attention_in_parts,
     batch_norms_as_nodes,
     checks_of_proxies,
     distributions_of_proxies,
@@ -38,13 +39,20 @@ from demp_fx.tracing.functions import (
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.memo import is_made_anew
 from demp_fx.tracing.module import left_out
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
 from demp_fx.tracing.regions import drop_empty, regions_as_nodes
 from demp_fx.tracing.sizes import sizes_stay
 from demp_fx.tracing.source import failed_at, first_line, user_line, users_frame
-from demp_fx.tracing.states import attributes, changed_attributes, written_attributes
+from demp_fx.tracing.states import (
+    attributes,
+    changed_attributes,
+    kept_memory,
+    memory_of,
+    written_attributes,
+)
 from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
     NUMBERS,
@@ -54,6 +62,7 @@ from demp_fx.tracing.values import (
     on_meta,
     set_modes,
 )
+from demp_fx.tracing.written import Written, as_written, give_back
 
 # Without a user these leave no trace: the rest of control flow that has been decided.
 _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
@@ -76,6 +85,7 @@ class Tracer(Submodules):
         bound: the example inputs as arguments of the root's forward.
         forking: see `Submodules`.
         states: buffers that are attributes else, by name, as the forward changes them.
+        remembers: what is kept for inputs of the same sizes may be used.
 
     Attributes:
         plain: the tensors that modules have as attributes, and not as buffers, by name.
@@ -85,17 +95,20 @@ class Tracer(Submodules):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, bound: inspect.BoundArguments, forking: bool = False, states: Set[str] = frozenset()
-    ) -> None:
+        self, bound: inspect.BoundArguments, forking: bool = False, states: Set[str] = frozenset(),
+        remembers: bool = False,
+    ) -> None:  # fmt: skip
         called: Any = (math, *filter(None, map(sys.modules.get, PLAIN_SIZES)))
         super().__init__(called, forking)
         self._autowrap_function_ids |= ATEN  # under names of the user's own
         self.bound, self.states = bound, states
+        self.memos = None if remembers else set()
         self.changed: set[str] = set()
         self.tensor_proxies: dict[str, TensorProxy] = {}
         self.lent: list[weakref.ref[fx.Proxy]] = []
         self.reshaped: list[tuple[fx.Proxy, fx.Node]] = []
         self.augmented: list[fx.Node] = []
+        self.written: list[Written] = []
         self.returned: dict[int, str] = {}  # by its id, the place in the output
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -105,12 +118,13 @@ class Tracer(Submodules):
         self.state = dict(named_state(root))
         for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
+        self.kept = kept_memory(root)
         modules = list(root.named_modules())
         self.modes = {m: m.training for _, m in modules}
         self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
-            preserved(root.modules()), as_nodes(self), aten_as_nodes(self),
+            preserved(root.modules()), as_nodes(self), aten_as_nodes(self), attention_in_parts(),
             batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
             items_as_nodes(self), kinds_of_devices(self),
@@ -169,6 +183,8 @@ class Tracer(Submodules):
     def _run(self, forward: Callable[..., Any]) -> Any:
         with proxies_are_tensors():
             result = forward(*self.bound.args, **self.bound.kwargs)
+        if not all(map(is_made_anew, self.memos or ())):
+            raise TypeError("sizes that it compares are none of the last call")
         keep_assigned(self)
         leaves, _ = pytree.tree_flatten_with_path(result)
         self.returned = {id(leaf): pytree.keystr(path) for path, leaf in leaves}
@@ -191,6 +207,16 @@ class Tracer(Submodules):
             self.reshaped.append((args[0], args[0].node))
             args[0].node = shaped.node
             return args[0]
+        if args and issubclass(type(args[0]), Tensor) and writes(kind, target):
+            args = (self._written(args[0]), *args[1:])
+        if issubclass(type(kwargs.get("out")), Tensor):
+            kwargs = {**kwargs, "out": self._written(kwargs["out"])}
+        if target is operator.pow and type(args[0]) in (int, float) and args[0] < 0:
+            target = pow  # the code would read `-1 ** x`, and Python that as `-(1 ** x)`
+        if target in FILLED and (parts := filled(target, args, kwargs, self.values)):
+            number, args, kwargs = parts
+            made = self.create_proxy(kind, FILLED[target][1], args, kwargs)
+            return made.fill_(number.detach())
         target, args = spelled_out(target, args, self.values)
         if kwargs and not args and kind in ("call_function", "call_module"):
             layer = kind == "call_module"
@@ -218,10 +244,20 @@ class Tracer(Submodules):
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
         return super().create_proxy(kind, target, args, kwargs, *more, **named)
 
+    def _written(self, tensor: Tensor) -> Tensor:
+        """A tensor that is written into: if the code has made it, it is a value from now on."""
+        if isinstance(tensor, Written) or memory_of(tensor) in self.kept:
+            return tensor
+        self.written.append(as_written(tensor, self))
+        return self.written[-1]
+
     def _roll_back(self, mark: int) -> None:
         nodes = self.graph.nodes
         for node in list(itertools.islice(reversed(nodes), len(nodes) - mark)):
             self.graph.erase_node(node)
+        lost = [tensor for tensor in self.written if tensor.proxy.node._erased]
+        self.written = [tensor for tensor in self.written if not tensor.proxy.node._erased]
+        give_back(lost)
         while self.reshaped and self.reshaped[-1][0].node._erased:
             proxy, node = self.reshaped.pop()
             proxy.node = node
@@ -265,6 +301,8 @@ class Tracer(Submodules):
                 a._node = None  # it was made by an attempt that was rolled back
             return a.node
         if isinstance(a, Tensor):
+            if isinstance(a, Written):
+                return a.proxy.node
             if id(a) in self.names:
                 return self.create_node("get_attr", self.names[id(a)], (), {})
             if a.grad_fn is not None:
@@ -303,6 +341,7 @@ class Tracer(Submodules):
     def _take_back(self) -> None:
         """Code may keep proxies for good, as keys of a cache of its own (einops does): they then do
         not keep the model."""
+        give_back(self.written)
         for reference in self.lent:
             if (proxy := reference()) is not None:
                 vars(proxy).clear()

@@ -76,6 +76,8 @@ FUNCTIONS: dict[str, Op] = {
     "ones_of_a_shape": lambda x: torch.ones(x.shape, dtype=x.dtype) - x,
     "numbers_of_a_size": lambda x: x.new_full((x.size(1), 1, 1), 0.3) + x,
     "numbers_of_a_literal_size": lambda x: x.new_full((8, 1, 1), 0.3) + x,
+    "number_in_a_tensor": lambda x: x.new_full((x.size(1), 1, 1), torch.tensor(0.3)) + x,
+    "like_with_a_number_in_a_tensor": lambda x: x * torch.full_like(x, torch.tensor(0.3)),
     "zeros_of_a_literal_size": lambda x: torch.zeros(x.size(0), 8, 1, 1, dtype=x.dtype) + x,
     "one_number_expanded": lambda x: x[:1, :1, :1, :1].expand_as(x) + x,
     "one_number_broadcast": lambda x: torch.broadcast_to(x.mean(), (8, 6, 6)) * x,

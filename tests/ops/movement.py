@@ -40,6 +40,7 @@ MOVEMENT: dict[str, Op] = {
     "bool_mask": lambda x: x * (torch.arange(8) % 2 == 0).view(1, 8, 1, 1),
     "where_channel_mask": lambda x: torch.where((torch.arange(8) < 3).view(8, 1, 1), x, -x + 1),
     "masked_scatter": lambda x: x.masked_scatter(x > 0.5, torch.zeros_like(x)),
+    "joined_with_nothing": lambda x: torch.cat([x[..., :1].repeat(1, 1, 1, 0), x], 3),
     "scatter": lambda x: x.scatter(1, torch.full_like(x[:, :1], 2, dtype=torch.int64), 0.3),
     "scatter_add": lambda x: torch.zeros_like(x).scatter_add(1, _rotated(x), x),
     "take_along_dim": lambda x: torch.take_along_dim(x, _rotated(x), 1),

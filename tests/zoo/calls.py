@@ -70,7 +70,7 @@ def call_of(func: Callable[..., Any], args: Any, kwargs: Any) -> Call | None:
 
 def self_attention(
     query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
-    in_proj_weight: Tensor, in_proj_bias: Tensor | None, *more: Any, **named: Any,
+    in_proj_weight: Any, in_proj_bias: Tensor | None, *more: Any, **named: Any,
 ) -> tuple[Tensor, None] | None:  # fmt: skip
     """`F.multi_head_attention_forward` in parts, on (length, batch, width), where it is plain
     self-attention without masks; else None."""
@@ -83,7 +83,12 @@ def self_attention(
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).movedim(0, -2)  # (batch, head, length, dim)
 
-    packed = F.linear(query, in_proj_weight, in_proj_bias)
-    q, k, v = (heads(part) for part in packed.chunk(3, dim=-1))
+    if named.get("use_separate_proj_weight"):
+        weights = [named[f"{name}_proj_weight"] for name in "qkv"]
+        biases = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        parts = [F.linear(query, w, b) for w, b in zip(weights, biases, strict=True)]
+    else:
+        parts = list(F.linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1))
+    q, k, v = map(heads, parts)
     mixed = torch.softmax(q @ k.transpose(-2, -1) * q.size(-1) ** -0.5, dim=-1) @ v
     return F.linear(mixed.movedim(-2, 0).flatten(-2), out_proj_weight, out_proj_bias), None

@@ -49,8 +49,10 @@ def cat(walk: Stream, call: Call) -> None:
 
 def _adopt(walk: Stream, tensors: list[Tensor], dim: int) -> None:
     """Constants that are joined with channels, and may be as many as the sizes want that they are
-    given, are channels of their own."""
-    joined = any(dim in varying(label) for t in tensors for label in walk.value(t).labels)
+    given, are channels of their own: but not beside what stays anyway, as positions do, of which
+    the input may have others."""
+    beside = [x for t in tensors for x in walk.value(t).labels if dim in varying(x)]
+    joined = not all(map(walk.system.is_fixed, beside))
     for t in tensors if joined else ():
         value = walk.value(t)
         bare = not any(dim in varying(label) for label in value.labels)

@@ -54,6 +54,11 @@ def move(walk: Stream, call: Call) -> None:
             return [t] * len(call.outputs)
         if name == "aten::expand":  # likewise
             return [t.reshape((1,) * (call.outputs[0].dim() - t.dim()) + t.shape)]
+        if name == "aten::repeat" and not all(call.args[1]):  # it is empty, and has channels
+            times = call.args[1]
+            gone = [d for d, n in enumerate(times) if n == 0]
+            if not set(gone) & {d + len(times) - t.dim() for d in varying(t)}:
+                return [compress(t.expand(tensor.shape).repeat([n or 1 for n in times]))]
         whole = t if name in PERMUTES else t.expand(tensor.shape)
         result = call.op(whole, *call.args[1:], **call.kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
