@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from demp_fx.calls import called
 from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import Places
+from demp_fx.trees import tensors_of
 
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
@@ -25,37 +26,39 @@ class Crops:
     """The crops of a walk over the nodes of a graph."""
 
     walk: Places
-    _labels: list[Tensor] = field(default_factory=list)  # of the tables
 
     @functools.cached_property
     def sizes(self) -> InputSizes:
         """Which numbers are worked out of sizes of the input."""
         return InputSizes(self.walk.env, self._channels)
 
-    def pin(self, node: fx.Node) -> None:
-        """What the example reads of a table that is cropped at a size is not all that is read."""
+    def pin(self, node: fx.Node) -> list[Tensor]:
+        """What the example reads of a table that is cropped at a size is not all that is read: what
+        must stay for that."""
         source = node.args[0] if node.args else None
         tensor = self.walk.env[source] if isinstance(source, fx.Node) else None
-        if isinstance(tensor, Tensor) and (labels := self.walk.value(tensor).labels):
-            dims = cropped_dims(node, tensor.dim(), self.varies)
-            for label in labels if dims else ():
-                if dims & set(varying(label)):
-                    system, site = self.walk.system, self.walk.site
-                    system.pin(label, "is cropped at a size of the input", site)
-                    self._labels.append(label.reshape(-1))
+        if not isinstance(tensor, Tensor) or not (labels := self.walk.value(tensor).labels):
+            return []
+        dims = cropped_dims(node, tensor.dim(), self.varies)
+        found = [label.reshape(-1) for label in labels if dims & set(varying(label))]
+        for label in found:
+            self.walk.system.pin(label, "is cropped at a size of the input", self.walk.site)
+        return found
+
+    def free(self, out: Any, cropped: list[Tensor]) -> None:
+        """What is as long as the input is has no channels there, as inputs have none."""
+        for tensor in tensors_of(out) if cropped else ():
+            labels = self.walk.value(tensor).labels
+            left = [x for x in labels if not bool(torch.isin(x, torch.cat(cropped)).any())]
+            self.walk.relabel(tensor, tuple(left))
 
     def varies(self, end: fx.Node) -> bool:
         """Whether a number or sizes that a node holds depend on the input's."""
         return end in self.walk.given and self.sizes.varies(end)
 
     def _channels(self, node: fx.Node) -> set[int]:
-        """The dims of what a node has given that are as long for any input: they have channels, and
-        those of no table."""
-        dims = set()
-        for label in self.walk.value(self.walk.env[node]).labels:
-            if not any(bool(torch.isin(label, table).any()) for table in self._labels):
-                dims |= set(varying(label))
-        return dims
+        """The dims of what a node has given that are as long for any input: they have channels."""
+        return {d for label in self.walk.value(self.walk.env[node]).labels for d in varying(label)}
 
 
 def cropped_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:

@@ -168,7 +168,7 @@ class Walk(Layers):
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._dry_run(node)
-        self.crops.pin(node)
+        cropped = self.crops.pin(node)
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         made = sources and all(n.op == "get_attr" or n in self.made for n in sources)
         if made or self._is_literal(node):
@@ -200,6 +200,7 @@ class Walk(Layers):
             entered = {n: self._enter(n, node, n in again, n in fixed)
                        for n in node.all_input_nodes}  # fmt: skip
             out = self._call(node, entered)
+        self.crops.free(out, cropped)
         self.env[node] = out
         of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
         if self.opens or of_parts:
