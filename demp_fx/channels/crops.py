@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import called
+from demp_fx.calls import ASKS, called
+from demp_fx.channels.blocks import repeats_along
 from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import Places
@@ -19,6 +20,8 @@ from demp_fx.trees import tensors_of
 
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
+_CHUNKS = {"chunk", torch.chunk, aten.chunk.default}
+_SPLITS = {"split", torch.split, aten.split.Tensor, *_CHUNKS}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,12 @@ class Crops:
         if not isinstance(tensor, Tensor) or not (labels := self.walk.value(tensor).labels):
             return []
         dims = cropped_dims(node, tensor.dim(), self.varies)
-        found = [label.reshape(-1) for label in labels if dims & set(varying(label))]
+        halved = halved_dims(node, tensor.dim(), self.varies)
+        found = []
+        for label in labels if dims or halved else ():
+            there = set(varying(label))
+            if dims & there or any(self._merged(label, d) for d in halved & there):
+                found.append(label.reshape(-1))
         for label in found:
             self.walk.system.pin(label, "is cropped at a size of the input", self.walk.site)
         return found
@@ -57,8 +65,34 @@ class Crops:
         return end in self.walk.given and self.sizes.varies(end)
 
     def _channels(self, node: fx.Node) -> set[int]:
-        """The dims of what a node has given that are as long for any input: they have channels."""
-        return {d for label in self.walk.value(self.walk.env[node]).labels for d in varying(label)}
+        """The dims of what a node has given that are as long for any input: they have channels, and
+        these alone."""
+        labels = self.walk.value(self.walk.env[node]).labels
+        return {d for label in labels for d in varying(label) if not self._merged(label, d)}
+
+    def _merged(self, label: Tensor, dim: int) -> bool:
+        """Whether channels are merged with an axis that may be as long as the input is."""
+        return self.walk.merged and repeats_along(label, dim)
+
+
+def halved_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:
+    """The dims that `node` splits into a number of parts, or into parts of a size that `varies`."""
+    if called(node) not in _SPLITS:
+        return set()
+    size = node.args[1] if len(node.args) > 1 else None
+    dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    chunks = called(node) in _CHUNKS
+    return {dim % rank} if chunks or (isinstance(size, fx.Node) and varies(size)) else set()
+
+
+def _is_size(end: Any, source: Any, dim: int) -> bool:
+    """Whether a number is the size of a dim of `source`, asked there."""
+    if not isinstance(end, fx.Node):
+        return False
+    if end.target is operator.getitem and isinstance(end.args[0], fx.Node):
+        asked = end.args[0]
+        return called(asked) in ASKS and asked.args[0] is source and bool(end.args[1] == dim)
+    return called(end) == "size" and end.args[0] is source and end.args[1:] == (dim,)
 
 
 def cropped_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:
@@ -81,7 +115,8 @@ def cropped_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) ->
             dim += rank - taken
             continue
         ends = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
-        if any(isinstance(end, fx.Node) and varies(end) for end in ends):
+        whole = ends[0] in (None, 0) and _is_size(ends[-1], node.args[0], dim)
+        if not whole and any(isinstance(end, fx.Node) and varies(end) for end in ends):
             dims.add(dim)
         dim += 1
     return dims

@@ -213,8 +213,10 @@ def _split(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     if pieces is not None:
         name = "split_sizes" if "split_sizes" in node.kwargs else "split_size"
         name = "split_size_or_sections" if "split_size_or_sections" in node.kwargs else name
-        path, _ = _argument(node, 1, name, None)
-        yield Literal(node=node.name, path=path, value=pieces)
+        path, given = _argument(node, 1, name, None)
+        even = len({*pieces[:-1]}) == 1 and 0 < pieces[-1] <= pieces[0]
+        size = pieces[0] if even and isinstance(sizes.number(given), int) else pieces
+        yield Literal(node=node.name, path=path, value=size)
 
 
 def _chunk(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
@@ -253,12 +255,34 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
             start, stop, step = slice(*ends).indices(mask.numel())
             sizes.cut(node, source, dim, start, stop)
             span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
-            yield Literal(node=node.name, path=path, value=span, slice=True)
+            if not _follows(entry, span, int(mask.sum()), sizes):
+                left, right = (_as_written(e, mask, at) for e, at in zip(named, span, strict=False))
+                yield Literal(node=node.name, path=path, value=[left, right, step], slice=True)
         elif mask is not None and isinstance(sizes.number(entry), int):
             place = sizes.number(entry) % mask.numel()
             sizes.cut(node, source, dim, place, place + 1)
             yield Literal(node=node.name, path=path, value=_place(mask, place))
         dim += 1
+
+
+def _follows(entry: slice, span: list[int], size: int, sizes: Sizes) -> bool:
+    """Whether the ends of a slice that are asked of tensors are what they should be, by
+    themselves."""
+    ends = (entry.start, entry.stop, entry.step)
+    if not any(isinstance(end, fx.Node) for end in ends):
+        return False
+    found = [sizes.follows(end) for end in ends]
+    unknown = any(new is None and end is not None for new, end in zip(found, ends, strict=True))
+    return not unknown and slice(*found).indices(size) == tuple(span)
+
+
+def _as_written(end: Any, mask: Tensor, place: int) -> int | None:
+    """The new end of a slice: an end that is left out, or counted from behind, stays so, whatever
+    the channels are merged with."""
+    if end is None:
+        return None
+    behind = int(mask.sum()) - place
+    return -behind if isinstance(end, int) and end < 0 and behind else place
 
 
 def _place(mask: Tensor, index: int) -> int:
