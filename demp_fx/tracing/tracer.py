@@ -60,7 +60,7 @@ _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, oper
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
 # Nor does what only moves numbers that nobody reads: it may tell of sizes that happen to be alike.
-_PURE |= set(MOVES)
+_PURE |= {*MOVES, "type"}
 # What gives a tensor itself another shape: all that has it sees the result from then on.
 _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
