@@ -325,7 +325,10 @@ class Walk(Layers):
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
             if not isinstance(error, IndexError):  # zeros would be indices that are there
                 with suppress(Exception):
-                    return self._leaf(run, args, kwargs, "it cannot be run on shapes alone")
+                    out, reason = self._ran(run, args, kwargs), "it cannot be run on shapes alone"
+                    self.abandon(start, reason)
+                    self._pin((args, kwargs), reason)
+                    return out
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in tensors_of(args)]
             what = "the example inputs do not run through the model"
