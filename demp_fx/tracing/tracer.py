@@ -38,6 +38,7 @@ from demp_fx.tracing.functions import (
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.modes import kept_modes
 from demp_fx.tracing.module import left_out
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
@@ -106,7 +107,8 @@ class Tracer(Submodules):
         for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
         modules = list(root.named_modules())
-        self.modes = {m: m.training for _, m in modules}
+        self.kept = kept_modes(root)
+        self.modes = {m: self.kept.get(m, m.training) for _, m in modules}
         self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
@@ -115,7 +117,7 @@ class Tracer(Submodules):
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
             items_as_nodes(self), kinds_of_devices(self),
         ):  # fmt: skip
-            set_modes(self.flags)
+            set_modes({**self.flags, **self.kept})
             if hears_gradients(root):
                 self.baked["backward hooks of the model itself left out"] = None
                 vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
