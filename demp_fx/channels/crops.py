@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import ASKS, called
-from demp_fx.channels.blocks import repeats_along
+from demp_fx.channels.blocks import recurs_along
 from demp_fx.channels.input_sizes import InputSizes
 from demp_fx.channels.labels import varying
 from demp_fx.channels.places import Places
-from demp_fx.trees import tensors_of
 
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
@@ -35,30 +34,38 @@ class Crops:
         """Which numbers are worked out of sizes of the input."""
         return InputSizes(self.walk.env, self._channels)
 
-    def pin(self, node: fx.Node) -> list[Tensor]:
-        """What the example reads of a table that is cropped at a size is not all that is read: what
-        must stay for that."""
+    def dims(self, node: fx.Node) -> set[int]:
+        """The dims that a node crops at a size of the input. What the example reads there is not
+        all that is read: that stays."""
         source = node.args[0] if node.args else None
         tensor = self.walk.env[source] if isinstance(source, fx.Node) else None
-        if not isinstance(tensor, Tensor) or not (labels := self.walk.value(tensor).labels):
-            return []
-        dims = cropped_dims(node, tensor.dim(), self.varies)
-        halved = halved_dims(node, tensor.dim(), self.varies)
-        found = []
-        for label in labels if dims or halved else ():
-            there = set(varying(label))
-            if dims & there or any(self._merged(label, d) for d in halved & there):
-                found.append(label.reshape(-1))
-        for label in found:
-            self.walk.system.pin(label, "is cropped at a size of the input", self.walk.site)
-        return found
+        if not isinstance(tensor, Tensor):
+            return set()
+        value, dims = self.walk.value(tensor), cropped_dims(node, tensor.dim(), self.varies)
+        for d in halved_dims(node, tensor.dim(), self.varies):
+            if any(self._merged(x, d) for x in value.labels if d in varying(x)):
+                dims.add(d)
+        for label in value.labels if dims else ():
+            if dims & set(varying(label)):
+                self.walk.system.pin(label, "is cropped at a size of the input", self.walk.site)
+        return dims
 
-    def free(self, out: Any, cropped: list[Tensor]) -> None:
-        """What is as long as the input is has no channels there, as inputs have none."""
-        for tensor in tensors_of(out) if cropped else ():
-            labels = self.walk.value(tensor).labels
-            left = [x for x in labels if not bool(torch.isin(x, torch.cat(cropped)).any())]
-            self.walk.relabel(tensor, tuple(left))
+    def whole(self, tensor: Tensor, dims: set[int]) -> Tensor:
+        """What a crop is taken from, as the crop sees it: along `dims` it has no channels, as
+        inputs have none, and what is known holds for all of it."""
+        value = self.walk.value(tensor)
+        labels = tuple(x for x in value.labels if not dims & set(varying(x)))
+        if value.data is None or value.vector:
+            known = value.facts
+        else:
+            known = self.walk.slices(value.data, dims) if self.walk.with_facts else None
+        if known is not None:
+            known = known.aligned(tensor.dim()).uniform(dims)
+        alias = tensor.detach()
+        alias.__dict__["demp"] = replace(
+            value, labels=labels, known=known, data=None, vector=False, rows=None
+        )
+        return alias
 
     def varies(self, end: fx.Node) -> bool:
         """Whether a number or sizes that a node holds depend on the input's."""
@@ -71,8 +78,8 @@ class Crops:
         return {d for label in labels for d in varying(label) if not self._merged(label, d)}
 
     def _merged(self, label: Tensor, dim: int) -> bool:
-        """Whether channels are merged with an axis that may be as long as the input is."""
-        return self.walk.merged and repeats_along(label, dim)
+        """Whether channels are merged with, or joined to, what may be as long as the input is."""
+        return not bool(label.all()) or (self.walk.merged and recurs_along(label, dim))
 
 
 def halved_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> set[int]:

@@ -254,18 +254,21 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
             ends = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))
             start, stop, step = slice(*ends).indices(mask.numel())
             sizes.cut(node, source, dim, start, stop)
-            span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
+            span = (int(mask[:start].sum()), int(mask[:stop].sum()), step)
             if not _follows(entry, span, int(mask.sum()), sizes):
-                left, right = (_as_written(e, mask, at) for e, at in zip(named, span, strict=False))
+                left, right = (
+                    _as_written(*end)
+                    for end in ((entry.start, mask, start), (entry.stop, mask, stop))
+                )
                 yield Literal(node=node.name, path=path, value=[left, right, step], slice=True)
         elif mask is not None and isinstance(sizes.number(entry), int):
             place = sizes.number(entry) % mask.numel()
             sizes.cut(node, source, dim, place, place + 1)
-            yield Literal(node=node.name, path=path, value=_place(mask, place))
+            yield Literal(node=node.name, path=path, value=_as_written(entry, mask, place))
         dim += 1
 
 
-def _follows(entry: slice, span: list[int], size: int, sizes: Sizes) -> bool:
+def _follows(entry: slice, span: tuple[int, int, int], size: int, sizes: Sizes) -> bool:
     """Whether the ends of a slice that are asked of tensors are what they should be, by
     themselves."""
     ends = (entry.start, entry.stop, entry.step)
@@ -273,16 +276,17 @@ def _follows(entry: slice, span: list[int], size: int, sizes: Sizes) -> bool:
         return False
     found = [sizes.follows(end) for end in ends]
     unknown = any(new is None and end is not None for new, end in zip(found, ends, strict=True))
-    return not unknown and slice(*found).indices(size) == tuple(span)
+    return not unknown and slice(*found).indices(size) == span
 
 
-def _as_written(end: Any, mask: Tensor, place: int) -> int | None:
-    """The new end of a slice: an end that is left out, or counted from behind, stays so, whatever
-    the channels are merged with."""
+def _as_written(end: Any, mask: Tensor, place: int) -> Any:
+    """The new number in the place of an index, or of an end of a slice. What is left out, or is
+    counted from behind, stays so, whatever the channels are merged with."""
     if end is None:
         return None
-    behind = int(mask.sum()) - place
-    return -behind if isinstance(end, int) and end < 0 and behind else place
+    kept = _place(mask, place) if place < mask.numel() else int(mask.sum())
+    behind = int(mask.sum()) - kept
+    return -behind if isinstance(end, int) and end < 0 and behind else kept
 
 
 def _place(mask: Tensor, index: int) -> int:
@@ -312,7 +316,7 @@ def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         path, index = _argument(node, 2, "index", 0)
         place = sizes.number(index) % mask.numel()
         sizes.cut(node, source, dim, place, place + 1)
-        yield Literal(node=node.name, path=path, value=_place(mask, place))
+        yield Literal(node=node.name, path=path, value=_as_written(index, mask, place))
 
 
 def _unflatten(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
