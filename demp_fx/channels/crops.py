@@ -20,7 +20,8 @@ from demp_fx.channels.places import Places
 aten = torch.ops.aten
 _NARROWS = {"narrow", torch.narrow, aten.narrow.default, aten.slice.Tensor}
 _CHUNKS = {"chunk", torch.chunk, aten.chunk.default}
-_SPLITS = {"split", torch.split, aten.split.Tensor, *_CHUNKS}
+_SPLITS = {"split", torch.split, "split_with_sizes", torch.split_with_sizes, aten.split.Tensor,
+           aten.split_with_sizes.default, *_CHUNKS}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def halved_dims(node: fx.Node, rank: int, varies: Callable[[fx.Node], bool]) -> 
     """The dims that `node` splits into a number of parts, or into parts of a size that `varies`."""
     if called(node) not in _SPLITS:
         return set()
-    size = node.args[1] if len(node.args) > 1 else None
+    size: Any = node.args[1] if len(node.args) > 1 else None
+    asked = size if isinstance(size, (list, tuple)) else (size,)
     dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    chunks = called(node) in _CHUNKS
-    return {dim % rank} if chunks or (isinstance(size, fx.Node) and varies(size)) else set()
+    named = any(isinstance(n, fx.Node) and varies(n) for n in asked)
+    return {dim % rank} if named or called(node) in _CHUNKS else set()
 
 
 def _is_size(end: Any, source: Any, dim: int) -> bool:

@@ -214,6 +214,11 @@ def _split(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         name = "split_sizes" if "split_sizes" in node.kwargs else "split_size"
         name = "split_size_or_sections" if "split_size_or_sections" in node.kwargs else name
         path, given = _argument(node, 1, name, None)
+        if isinstance(given, (list, tuple)):
+            for k, (asked, piece) in enumerate(zip(given, pieces, strict=True)):
+                if sizes.follows(asked) != piece:
+                    yield Literal(node=node.name, path=[*path, k], value=piece)
+            return
         even = len({*pieces[:-1]}) == 1 and 0 < pieces[-1] <= pieces[0]
         size = pieces[0] if even and isinstance(sizes.number(given), int) else pieces
         yield Literal(node=node.name, path=path, value=size)
@@ -248,6 +253,8 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         mask = masks.get(dim)
         named = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
         if mask is None and any(isinstance(e, fx.Node) and e in sizes.changed for e in named):
+            if any(isinstance(e, fx.Node) and sizes.varies(e) for e in named):
+                raise MisfitError(node)  # it is as before for the example's input alone
             mask = torch.ones(sizes.env[source].size(dim), dtype=torch.bool)  # as before
         whole = isinstance(entry, slice) and entry == slice(None)
         if mask is not None and isinstance(entry, slice) and not whole:
