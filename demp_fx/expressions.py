@@ -204,6 +204,8 @@ def batch_norm(m: Any, x: Tensor) -> Tensor:
     """
     if m.running_mean is None:
         return F.batch_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)
+    if m.training is False:  # it stays in this mode: `Tracer.kept`
+        return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
     if m.momentum is None:
         raise NotImplementedError("batch normalisation with momentum=None")
     m.num_batches_tracked.add_(m.training)

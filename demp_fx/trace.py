@@ -133,7 +133,8 @@ def _symbolic(
     and numbers that differ follow it; where more differs, modules without state that ask are left
     whole, and else it stays in the mode that it is in."""
     graph, tracer = _traced(model, bind)
-    uniform = all(mode == model.training for mode in tracer.modes.values())
+    free = tracer.modes.keys() - tracer.kept.keys()
+    uniform = all(tracer.modes[m] == model.training for m in free)
     for forking in (False, True) if tracer.by_mode else ():
         done = {model.training: (graph, tracer)} if uniform and not forking else {}
         for training in {False, True} - done.keys():

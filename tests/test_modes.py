@@ -347,3 +347,87 @@ def test_dice_that_are_not_torchs_are_told_from_a_wrong_result() -> None:
     net, x = _half_dead(Throws().double()).train(), torch.randn(6, 5).double()
     with pytest.raises(VerificationError, match="random numbers that are not torch's"):
         demp_fx.compile(net, (x,))
+
+
+class Frozen(nn.Module):
+    """The statistics of its first norm stay what they are, and so does its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.mix, self.free = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.drop, self.head = nn.Dropout(0.5), nn.Conv2d(8, 2, 1)
+        with torch.no_grad():
+            for norm in (self.norm, self.free):
+                norm.running_mean.normal_()  # type: ignore[union-attr]
+                norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+                norm.weight[::2] = norm.bias[::2] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(self.norm(self.stem(x)).relu())
+        result: Tensor = self.head(self.drop(self.free(x).relu()))
+        return result
+
+
+class FrozenByTrain(Frozen):
+    def train(self, mode: bool = True) -> FrozenByTrain:
+        super().train(mode)
+        self.norm.eval().requires_grad_(False)
+        self.drop.eval()
+        return self
+
+
+class Exported(FrozenByTrain):
+    """Symbolic tracing cannot take it: the class of a proxy is no tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not issubclass(type(x), Tensor):
+            raise TypeError("not a tensor")
+        return super().forward(x)
+
+
+class FrozenByForward(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.eval()
+        self.drop.eval()
+        return super().forward(x)
+
+
+class AlwaysEvaluated(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        self.train(False)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [FrozenByTrain, Exported, FrozenByForward, AlwaysEvaluated])
+def test_a_layer_stays_in_the_mode_that_the_code_puts_it_in(
+    kind: type[Frozen], training: bool
+) -> None:
+    net, x = kind().train(training), torch.randn(4, 3, 9, 9).double()
+    frozen = [p.requires_grad for p in net.parameters()]
+    narrow = demp_fx.compile(net, x).module
+    assert [p.requires_grad for p in net.parameters()] == frozen
+    assert narrow.get_parameter("mix.weight").shape == (4, 4, 3, 3)
+    assert narrow.state_dict().keys() == net.state_dict().keys()
+    for mode in (True, False):
+        torch.testing.assert_close(narrow.train(mode)(x), net.train(mode)(x), rtol=1e-12, atol=0)
+    for name, buffer in net.named_buffers():
+        kept = narrow.get_buffer(name)
+        if kept.dim():
+            torch.testing.assert_close(kept, buffer[1::2], rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_may_draw_in_eval_mode_too() -> None:
+    class MonteCarlo(Frozen):
+        def train(self, mode: bool = True) -> MonteCarlo:
+            super().train(mode)
+            self.drop.train()
+            return self
+
+    net, x = MonteCarlo().eval(), torch.randn(4, 3, 9, 9).double()
+    narrow = demp_fx.compile(net, x).module.eval()
+    assert narrow.get_parameter("mix.weight").shape == (4, 4, 3, 3)
+    assert not torch.allclose(narrow(x), narrow(x), atol=0.01)

@@ -384,3 +384,89 @@ def test_a_table_has_what_other_inputs_read_of_it(name: str) -> None:
     assert narrow.get_parameter("table").shape == (4, 16, 16)
     x = torch.randn(3, 3, 10, 12).double()
     assert torch.allclose(narrow(x), model(x), atol=1e-12)
+
+
+class Causal(nn.Module):
+    """Attention of each token to those before it, by a mask that is cropped at their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.read = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.register_buffer("mask", torch.ones(16, 16).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.project(x).view(x.shape[0], -1, 3, 4).transpose(1, 2)
+        scores = tokens @ tokens.mT
+        mask = self.mask[: x.shape[1], : x.shape[1]]
+        scores = scores.masked_fill(mask == 0, -torch.inf).softmax(-1)
+        return x + self.read((scores @ tokens).transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["all tokens", "the last one"])
+def test_what_meets_a_cropped_mask_is_as_long_as_the_input_from_there_on(last: bool) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(nn.Linear(5, 12), *(Causal() for _ in range(3))).double()
+    with torch.no_grad():
+        blocks[2].read.weight[::2] = blocks[2].read.bias[::2] = 0
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = blocks, nn.Linear(12, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks(x)
+            result: Tensor = self.head(x[:, -1] if last else x)
+            return result
+
+    model = Reads()
+    narrow = demp_fx.compile(model, torch.randn(2, 8, 5).double(), cuts="always").module
+    assert narrow.get_parameter("blocks.2.read.weight").shape == (6, 12)
+    for tokens in (8, 5, 16):
+        x = torch.randn(3, tokens, 5).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Slices(nn.Module):
+    """Tokens of 12 channels each, side by side on one axis, of which a part is taken."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.read, self.part = nn.Linear(5, 12), nn.Linear(12, 3), part
+        with torch.no_grad():
+            self.make.weight[::2] = self.make.bias[::2] = 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.part(self.make(x).flatten(1))
+        result: Tensor = self.read(tokens.reshape(x.shape[0], -1, 12))
+        return result
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda x: x[:, 0 : x.shape[1]],
+    "all but the first": lambda x: x[:, 12:],
+    "all but the last": lambda x: x[:, :-12],
+    "the last": lambda x: x[:, -12:],
+    "the first two": lambda x: x[:, :24],
+    "one of even parts": lambda x: x.split(36, 1)[1],
+}
+HALVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "first half": lambda x: x[:, : x.shape[1] // 2],
+    "second half": lambda x: x[:, x.shape[1] // 2 :],
+    "narrowed": lambda x: x.narrow(1, 0, x.shape[1] // 2),
+    "split": lambda x: x.split(x.shape[1] // 2, 1)[1],
+    "chunk": lambda x: x.chunk(2, 1)[0],
+}
+
+
+@pytest.mark.parametrize("name", [*PARTS, *HALVES])
+def test_parts_of_tokens_on_one_axis_are_those_of_any_number_of_tokens(name: str) -> None:
+    model = Slices((PARTS | HALVES)[name])
+    narrow = demp_fx.compile(model, torch.randn(2, 8, 5).double()).module
+    for tokens in (8, 4, 16):
+        x = torch.randn(3, tokens, 5).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+    # where half of them ends depends on how many there are
+    assert narrow.get_parameter("make.weight").shape[0] == (12 if name in HALVES else 6)

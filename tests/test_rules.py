@@ -344,6 +344,37 @@ def test_an_autograd_function_may_write_to_what_it_is_given() -> None:
                for p in result.report.pinned)  # fmt: skip
 
 
+class Reversible(torch.autograd.Function):
+    """Runs a module, and again in its backward, with the random numbers that it saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, saved: Tensor | None) -> Tensor:
+        ctx.saved = saved
+        result: Tensor = module(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        torch.set_rng_state(ctx.saved)
+        return grad, None, None
+
+
+def test_a_module_in_a_function_that_is_not_followed_stays_as_it_is() -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = Reversible.apply(x, self.inner, None)  # refused in the backward
+            return result
+
+    result, width = compiled(Holds())
+    assert width == 8
+    for name in ("op.inner.0", "op.inner.2"):
+        assert result.module.get_parameter(f"{name}.weight").shape == (8, 8)
+
+
 def test_functions_of_installed_packages_can_be_written_to_a_file() -> None:
     pytest.importorskip("tests.zoo.shim")
     layers = pytest.importorskip("timm.layers.activations_me")

@@ -693,6 +693,19 @@ def test_a_dtype_is_known_behind_tensors_that_the_code_makes(name: str) -> None:
     torch.testing.assert_close(demp_fx.trace(Asks(), X)(X), Asks()(X))
 
 
+def test_the_type_of_another_tensor_is_followed() -> None:
+    class Typed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.arange(x.shape[-1]).type(x.type())
+
+    graph = demp_fx.trace(Typed(), X)
+    assert not graph.meta["demp_fx"].exported
+    for x in (X, X.float()):
+        torch.testing.assert_close(graph(x), Typed()(x), rtol=0, atol=0)
+    narrow = demp_fx.compile(Typed(), X).module
+    torch.testing.assert_close(narrow(X), Typed()(X), rtol=0, atol=0)
+
+
 def test_tracing_leaves_torchs_lists_of_its_functions_as_they_are() -> None:
     code = """if True:
         import torch, demp_fx

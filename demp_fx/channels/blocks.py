@@ -69,6 +69,13 @@ def repeats_along(label: Tensor, dim: int) -> bool:
     return without_repeats(line).size < line.size
 
 
+def recurs_along(label: Tensor, dim: int) -> bool:
+    """Whether an atom is at several places along a dim: so it is where that is merged with another
+    one, or with a part of that."""
+    line = _line(label.numpy(), dim)
+    return np.unique(line).size < line.size
+
+
 def outer_to_inner(label: Tensor) -> list[int]:
     """The varying dims of a label, the one with the largest step first."""
     dims, atoms = varying(label), label.numpy()

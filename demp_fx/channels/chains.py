@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from demp_fx.channels.blocks import recurs_along
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.tracing.regions import regions_of
 
@@ -76,6 +77,7 @@ class Chains:
         """Move the numbers of all places along the chain, and see whether one axis was picked (and
         the gradient with it)."""
         source = self.env[chain.source]
+        dims = {d for d in dims if not _is_merged(source, d)}
         places = torch.arange(source.numel(), dtype=torch.float64).reshape(source.shape)
         try:
             with torch.enable_grad():
@@ -135,6 +137,14 @@ def _feed(known: Mapping[fx.Node, Any], env: Mapping[fx.Node, Any], node: fx.Nod
         return known[node]
     value = getattr(env[node], "demp", None)
     return env[node] if value is None or value.data is None else value.data
+
+
+def _is_merged(tensor: Tensor, dim: int) -> bool:
+    """Whether channels lie along a dim together with another axis, which may be as long as the
+    input is: where they are then depends on that."""
+    value = getattr(tensor, "demp", None)
+    labels = () if value is None else value.labels
+    return any(dim in varying(label) and recurs_along(label, dim) for label in labels)
 
 
 def is_flat(labels: Labels) -> bool:

@@ -6,7 +6,7 @@ in eval mode and to its bias in train mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +116,16 @@ class Facts:
         agree = (values == values[..., :1]).all(-1).all(0) & (profile == profile[:, :1]).all(-1)
         known = known.all(-1) & agree
         return Facts(known, values[..., 0], profile[:, 0]).map(lambda t: t.expand(size))
+
+    def uniform(self, dims: Collection[int]) -> Facts | None:
+        """What is the same all along `dims`."""
+        known, values, profile = self.known, self.values, self.profile
+        for d in dims:
+            one, alike = known.narrow(d, 0, 1), values == values.narrow(d + 1, 0, 1)
+            alike = alike.all(0) & known & (profile == profile.narrow(d, 0, 1))
+            known = one & alike.all(d, keepdim=True)
+            values, profile = values.narrow(d + 1, 0, 1), profile.narrow(d, 0, 1)
+        return Facts(known, values, profile) if bool(known.any()) else None
 
     def under(self, proven: Facts | None) -> Facts:
         """These facts where nothing is `proven`."""

@@ -69,7 +69,7 @@ def follow(walk: Stream, call: Call) -> bool:
             walk.zeros_matter = True
             _go_back(walk, call, context, outputs)
     except Exception:  # it does not run on shapes alone
-        walk.system.forget(start)
+        walk.abandon(start, "goes into a function whose backward is not followed")
         return False
     finally:
         walk.zeros_matter = None

@@ -36,8 +36,7 @@ class Places(Stream):
 
     `given`: nodes that depend on the network's inputs; `made`: those that are computed of
     parameters alone, such as a standardised weight; `lent`: the sizes of the input in these;
-    `joined`: those of them that hold several side by side; `exits`: nodes behind which blocks end;
-    `tables`: the atoms along what is cropped at a size of the input.
+    `joined`: those of them that hold several side by side; `exits`: nodes behind which blocks end.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Places(Stream):
         self.made: set[fx.Node] = set()
         self.lent: dict[fx.Node, set[int]] = {}
         self.joined: set[fx.Node] = set()
-        self.tables: list[Tensor] = []
 
     def _enter(self, n: fx.Node, user: fx.Node, spread: bool = False, fixed: bool = False) -> Any:
         """The value of `n` as `user` sees it: behind fresh atoms where the graph may be cut.
@@ -133,8 +131,7 @@ class Places(Stream):
             dims = varying(label)
             chosen = len(dims) == 1 and (only is None or any(label is one for one in only))
             chosen = chosen and dims[0] not in blocks
-            # else some of it may be as long as the input
-            chosen = chosen and bool(label.all()) and not self.is_cropped(label)
+            chosen = chosen and bool(label.all())  # else some of it may be as long as the input
             if chosen and (fixed or not (self.merged and repeats(label))):
                 d, size = dims[0], label.numel()
                 axis = self.system.fresh(f"{n.name}->{user.name}", -1, size)
@@ -244,10 +241,6 @@ class Places(Stream):
                 shared = memory_of(self.env[n]) in written
                 if shared and not self._is_last_use(n, node):
                     self.system.same(edge.source, edge.target, self.site)
-
-    def is_cropped(self, label: Tensor) -> bool:
-        """Whether a label is along what is cropped at a size of the input."""
-        return any(bool(torch.isin(label, table).any()) for table in self.tables)
 
     def _is_sum(self, node: fx.Node) -> bool:
         """A residual sum: two activations of one shape, nothing else, no one to see it in place."""

@@ -21,7 +21,7 @@ from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.running import Running
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.signs import is_never_negative, is_positive
-from demp_fx.channels.system import Axis, Site, System, Traffic
+from demp_fx.channels.system import Axis, Mark, Site, System, Traffic
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write, memory_of
 from demp_fx.errors import DempError
@@ -216,6 +216,15 @@ class Stream(TorchDispatchMode):
             for holder in (tensor,) if value.data is None else (tensor, value.data):
                 if (storage := memory_of(holder)) in uses:
                     uses[storage].add(call.site)
+
+    def abandon(self, start: Mark, reason: str) -> None:
+        """Drop what was recorded since `start`, as what runs is not followed after all: parameters
+        that its code has computed with stay as they are."""
+        self.system.forget(start)
+        for name, value in self.params.items():
+            if any(site.node == self.site.node for site in self.system.uses_of(name)):
+                for label in value.labels:
+                    self.system.pin(label, reason, self.site)
 
     # -- what rules use -------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ nodes the walk leaves places where the graph may be cut.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from demp_fx.channels.chains import Chains, is_flat
 from demp_fx.channels.crops import Crops
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
-from demp_fx.channels.labels import Labels, repeats
+from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
 from demp_fx.channels.places import SIZES, is_supplied
@@ -168,7 +168,6 @@ class Walk(Layers):
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._dry_run(node)
-        self.crops.pin(node)
         sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
         made = sources and all(n.op == "get_attr" or n in self.made for n in sources)
         if made or self._is_literal(node):
@@ -182,8 +181,9 @@ class Walk(Layers):
         for n in sources if node not in self.made else ():
             if n in self.made:
                 self._label(n)
+        cropped = self.crops.dims(node)
         start, writes = self.system.mark(), dict(self.writes)
-        entered = {n: self._enter(n, node) for n in node.all_input_nodes}
+        entered = self._entered(node, cropped)
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
         again = set(self._lost(start, before, out)) if self.with_facts else set()
@@ -197,8 +197,7 @@ class Walk(Layers):
                 entered[n].__dict__["demp"] = value
             for n in fixed & self.made:
                 self._label(n, merge=True)
-            entered = {n: self._enter(n, node, n in again, n in fixed)
-                       for n in node.all_input_nodes}  # fmt: skip
+            entered = self._entered(node, cropped, again, fixed)
             out = self._call(node, entered)
         self.env[node] = out
         of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
@@ -218,6 +217,18 @@ class Walk(Layers):
             value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
 
+    def _entered(
+        self, node: fx.Node, cropped: set[int], again: Set[fx.Node] = frozenset(),
+        fixed: Set[fx.Node] = frozenset(),
+    ) -> dict[fx.Node, Any]:  # fmt: skip
+        """What goes into a node, as it sees it."""
+        entered = {n: self._enter(n, node, n in again, n in fixed) for n in node.all_input_nodes}
+        if cropped:
+            source: Any = node.args[0]
+            joint = any(cropped & set(varying(x)) for x in self.value(self.env[source]).labels)
+            entered[source] = self.crops.whole((self.env if joint else entered)[source], cropped)
+        return entered
+
     def _is_literal(self, node: fx.Node) -> bool:
         """Whether a node makes a tensor of numbers in the code (on the device of an input, say)."""
         return called(node) in LITERALS and not any(
@@ -231,7 +242,7 @@ class Walk(Layers):
             found |= self.lent.get(n, found)
             value = self.env[n]
             if isinstance(value, (int, torch.Size)) and self.crops.varies(n):
-                found.update([value] if isinstance(value, int) else value)
+                found.update([abs(value)] if isinstance(value, int) else value)  # or from behind
         return found
 
     def _dry_run(self, node: fx.Node) -> Any:
@@ -324,7 +335,10 @@ class Walk(Layers):
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
             if not isinstance(error, IndexError):  # zeros would be indices that are there
                 with suppress(Exception):
-                    return self._leaf(run, args, kwargs, "it cannot be run on shapes alone")
+                    out, reason = self._ran(run, args, kwargs), "it cannot be run on shapes alone"
+                    self.abandon(start, reason)
+                    self._pin((args, kwargs), reason)
+                    return out
             where = f" ({self.site.source})" if self.site.source else ""
             shapes = [tuple(t.shape) for t in tensors_of(args)]
             what = "the example inputs do not run through the model"

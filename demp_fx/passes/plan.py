@@ -112,14 +112,15 @@ class Literal(_Data):
     """A size that the code of a node names, and its new value.
 
     `path`: where it stands, from "args" or "kwargs" on. `value`: an int, a list of sizes, or the
-    start, stop and step of a slice. `of`: what it was for the example inputs, where the batch is in
-    it as well: what the code computes there is multiplied by `value` and divided by this. `target`:
-    the function to call instead, where sizes that were equal no longer are (chunk becomes split).
+    start, stop and step of a slice (None: from the start, to the end). `of`: what it was for the
+    example inputs, where the batch is in it as well: what the code computes there is multiplied by
+    `value` and divided by this. `target`: the function to call instead, where sizes that were equal
+    no longer are (chunk becomes split).
     """
 
     node: str
     path: list[int | str]
-    value: int | float | list[int]
+    value: int | float | list[int | None]
     of: int | None = None
     slice: bool = False
     target: str | None = None

@@ -213,8 +213,15 @@ def _split(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
     if pieces is not None:
         name = "split_sizes" if "split_sizes" in node.kwargs else "split_size"
         name = "split_size_or_sections" if "split_size_or_sections" in node.kwargs else name
-        path, _ = _argument(node, 1, name, None)
-        yield Literal(node=node.name, path=path, value=pieces)
+        path, given = _argument(node, 1, name, None)
+        if isinstance(given, (list, tuple)):
+            for k, (asked, piece) in enumerate(zip(given, pieces, strict=True)):
+                if sizes.follows(asked) != piece:
+                    yield Literal(node=node.name, path=[*path, k], value=piece)
+            return
+        even = len({*pieces[:-1]}) == 1 and 0 < pieces[-1] <= pieces[0]
+        size = pieces[0] if even and isinstance(sizes.number(given), int) else pieces
+        yield Literal(node=node.name, path=path, value=size)
 
 
 def _chunk(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
@@ -246,19 +253,47 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         mask = masks.get(dim)
         named = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
         if mask is None and any(isinstance(e, fx.Node) and e in sizes.changed for e in named):
+            if any(isinstance(e, fx.Node) and sizes.varies(e) for e in named):
+                raise MisfitError(node)  # it is as before for the example's input alone
             mask = torch.ones(sizes.env[source].size(dim), dtype=torch.bool)  # as before
         whole = isinstance(entry, slice) and entry == slice(None)
         if mask is not None and isinstance(entry, slice) and not whole:
             ends = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))
             start, stop, step = slice(*ends).indices(mask.numel())
             sizes.cut(node, source, dim, start, stop)
-            span = [int(mask[:start].sum()), int(mask[:stop].sum()), step]
-            yield Literal(node=node.name, path=path, value=span, slice=True)
+            span = (int(mask[:start].sum()), int(mask[:stop].sum()), step)
+            if not _follows(entry, span, int(mask.sum()), sizes):
+                left, right = (
+                    _as_written(*end)
+                    for end in ((entry.start, mask, start), (entry.stop, mask, stop))
+                )
+                yield Literal(node=node.name, path=path, value=[left, right, step], slice=True)
         elif mask is not None and isinstance(sizes.number(entry), int):
             place = sizes.number(entry) % mask.numel()
             sizes.cut(node, source, dim, place, place + 1)
-            yield Literal(node=node.name, path=path, value=_place(mask, place))
+            yield Literal(node=node.name, path=path, value=_as_written(entry, mask, place))
         dim += 1
+
+
+def _follows(entry: slice, span: tuple[int, int, int], size: int, sizes: Sizes) -> bool:
+    """Whether the ends of a slice that are asked of tensors are what they should be, by
+    themselves."""
+    ends = (entry.start, entry.stop, entry.step)
+    if not any(isinstance(end, fx.Node) for end in ends):
+        return False
+    found = [sizes.follows(end) for end in ends]
+    unknown = any(new is None and end is not None for new, end in zip(found, ends, strict=True))
+    return not unknown and slice(*found).indices(size) == span
+
+
+def _as_written(end: Any, mask: Tensor, place: int) -> Any:
+    """The new number in the place of an index, or of an end of a slice. What is left out, or is
+    counted from behind, stays so, whatever the channels are merged with."""
+    if end is None:
+        return None
+    kept = _place(mask, place) if place < mask.numel() else int(mask.sum())
+    behind = int(mask.sum()) - kept
+    return -behind if isinstance(end, int) and end < 0 and behind else kept
 
 
 def _place(mask: Tensor, index: int) -> int:
@@ -288,7 +323,7 @@ def _select(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         path, index = _argument(node, 2, "index", 0)
         place = sizes.number(index) % mask.numel()
         sizes.cut(node, source, dim, place, place + 1)
-        yield Literal(node=node.name, path=path, value=_place(mask, place))
+        yield Literal(node=node.name, path=path, value=_as_written(index, mask, place))
 
 
 def _unflatten(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:

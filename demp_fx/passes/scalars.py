@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from demp_fx.calls import ASKS, COUNTS, called
 from demp_fx.passes.frozen import restored
 from demp_fx.passes.plan import Frozen, Literal
-from demp_fx.passes.resize import SIZED, Sizes
+from demp_fx.passes.resize import SIZED, MisfitError, Sizes
 
 
 def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:
@@ -89,6 +89,8 @@ def _numbers(node: fx.Node, tainted: list[fx.Node], sizes: Sizes) -> Iterator[Li
                 continue
             changes = _changes(argument, sizes)
             found = restored(argument, changes, lambda *_: node, lambda n: n)
+            if not isinstance(found, fx.Node) and sizes.varies(argument):
+                raise MisfitError(node)  # the old number is that of the example's input alone
             if isinstance(found, fx.Node):
                 yield Frozen(node=node.name, path=[where, key], sizes=changes)
             else:

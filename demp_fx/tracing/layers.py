@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from demp_fx.tracing.modes import BY_MODE, kept_modes
+
 SYMBOLIC = {torch.ops.aten.sym_size.int}
 
 
@@ -22,9 +24,10 @@ def restore_layers(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and node.target not in SYMBOLIC and "module" in node.meta:
             calls[node.meta["module"]].append(node)
+    kept = kept_modes(model)
     for (path, _), nodes in calls.items():
         layer = model.get_submodule(path)
-        if is_layer(layer):
+        if is_layer(layer) and not (layer in kept and isinstance(layer, BY_MODE)):
             _restore(graph, path, layer, nodes)
 
 

@@ -17,6 +17,7 @@ from demp_fx.expressions import Expression, batch_norm, expression_of
 from demp_fx.tracing.arguments import check_taken
 from demp_fx.tracing.computed import computes_weight, in_both_modes
 from demp_fx.tracing.decisions import Decisions
+from demp_fx.tracing.modes import is_kept
 from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.source import failed_at, first_line, user_line
 
@@ -32,6 +33,7 @@ class Submodules(Decisions):
         chosen: the modules in `opaque` that are meant to be left whole.
         forks: the modules that were left whole for `forking`.
         modes, held: of all modules of the root, their true modes and what they hold.
+        kept: the modules among them that stay in their mode.
     """
 
     def __init__(self, autowrap_modules: Any, forking: bool) -> None:
@@ -41,6 +43,7 @@ class Submodules(Decisions):
         self.chosen: set[str] = set()
         self.forks: set[str] = set()
         self.modes: dict[nn.Module, bool] = {}
+        self.kept: dict[nn.Module, bool] = {}
         self.held: dict[nn.Module, dict[str, Tensor | None]] = {}
         self.expressions: dict[type[nn.Module], Expression | None] = {}
 
@@ -61,7 +64,9 @@ class Submodules(Decisions):
         name = self.path_of_module(m)
         expression = self._expression(m)
         computing = name not in self.opaque and computes_weight(m)
-        leaf = self.is_leaf_module(m, name) and not (computing or self._borrows(m))
+        leaf = self.is_leaf_module(m, name) and not (
+            computing or self._borrows(m) or (m in self.modes and is_kept(m))
+        )
         reason = None if computing else _left_whole(m, leaf, leaf or expression is not None)
         if reason:
             self.chosen.add(name)
@@ -124,7 +129,7 @@ class Submodules(Decisions):
     def batch_norm(self, m: Any, x: Any) -> Any:
         """What torch's own forward does in a layer derived of it: a call of it as a plain one."""
         kind = plain_kind(m)
-        if kind is None or m is self.root or m not in self.modes:
+        if kind is None or m is self.root or m not in self.modes or is_kept(m):
             return batch_norm(m, x)
         called = self.create_proxy("call_module", self.path_of_module(m), (x,), {})
         called.node.meta[PLAIN] = kind

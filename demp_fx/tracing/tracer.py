@@ -40,6 +40,7 @@ from demp_fx.tracing.functions import (
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
 from demp_fx.tracing.memo import is_made_anew
+from demp_fx.tracing.modes import kept_modes
 from demp_fx.tracing.module import left_out
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.proxies import Flag, KnownProxy, TensorProxy
@@ -69,7 +70,7 @@ _PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, oper
 _PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
 _PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
 # Nor does what only moves numbers that nobody reads: it may tell of sizes that happen to be alike.
-_PURE |= set(MOVES)
+_PURE |= {*MOVES, "type"}
 # What gives a tensor itself another shape: all that has it sees the result from then on.
 _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
@@ -118,9 +119,10 @@ class Tracer(Submodules):
         self.state = dict(named_state(root))
         for name, tensor in self.state.items():
             self.names.setdefault(id(tensor), name)
-        self.kept = kept_memory(root)
+        self.memory = kept_memory(root)
         modules = list(root.named_modules())
-        self.modes = {m: m.training for _, m in modules}
+        self.kept = kept_modes(root)
+        self.modes = {m: self.kept.get(m, m.training) for _, m in modules}
         self.held = {m: {**m._parameters, **m._buffers} for _, m in modules}
         self.flags = {m: Flag(self, f"{n}.training".lstrip(".")) for n, m in modules}
         with (
@@ -129,7 +131,7 @@ class Tracer(Submodules):
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
             items_as_nodes(self), kinds_of_devices(self),
         ):  # fmt: skip
-            set_modes(self.flags)
+            set_modes({**self.flags, **self.kept})
             if hears_gradients(root):
                 self.baked["backward hooks of the model itself left out"] = None
                 vars(root).update(_backward_hooks={}, _backward_pre_hooks={})
@@ -246,7 +248,7 @@ class Tracer(Submodules):
 
     def _written(self, tensor: Tensor) -> Tensor:
         """A tensor that is written into: if the code has made it, it is a value from now on."""
-        if isinstance(tensor, Written) or memory_of(tensor) in self.kept:
+        if isinstance(tensor, Written) or memory_of(tensor) in self.memory:
             return tensor
         self.written.append(as_written(tensor, self))
         return self.written[-1]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from demp_fx.shapes import SHAPES, shape_of
+from demp_fx.tracing.modes import kept_modes
 from demp_fx.tracing.norms import PLAIN
 from demp_fx.trees import tensors_of
 
@@ -50,9 +51,9 @@ def set_modes(modes: Mapping[nn.Module, Any]) -> None:
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules of `model` in one mode meanwhile."""
+    """All modules of `model` in one mode meanwhile, but for those that it keeps in theirs."""
     before = {m: m.training for m in model.modules()}
-    set_modes(dict.fromkeys(before, training))
+    set_modes(dict.fromkeys(before, training) | kept_modes(model))
     try:
         yield
     finally:
@@ -201,13 +202,14 @@ class Values(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        set_modes({m: self.modes[m] for m in module.modules()})
+        before = {m: m.training for m in module.modules()}
+        set_modes({m: self.modes[m] for m in before})
         try:
             with contextlib.suppress(Exception):
                 return torch.func.functional_call(module, on_meta(state), args, kwargs)
             return _filled(module, state, args, kwargs)
         finally:
-            set_modes({m: self.flags[m] for m in module.modules()})
+            set_modes(before)
 
 
 def _filled(module: nn.Module, state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:

@@ -87,6 +87,8 @@ def _set_aside(walk: Stream, call: Call) -> Labels:
             left.append(label)
         elif all(_steps(call, d) for d in dims) and varying(label) == dims:
             behind.append(label)
+        elif not bool(label.all()):  # the result has no channels there, but may be any length
+            walk.pin(call, label, "convolution over an axis of channels")
         elif varying(label) == dims[:1] and not repeats_along(label, dims[0]):
             walk.opens = walk.splits = True
             fresh = walk.system.fresh(call.site.node, -1, out.size(dims[0])).atoms

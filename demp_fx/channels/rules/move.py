@@ -94,6 +94,9 @@ def move(walk: Stream, call: Call) -> None:
             fitting = fits(walk, before, after, call)
             if not fitting and len(value.labels) > 1 and walk.system.is_fixed(before):
                 continue  # it stays anyway: the others need not be moved with it
+            if not fitting and not bool(before.all()):  # beside what may be as long as the input
+                walk.pin(call, before, f"{name} rearranges channels")
+                continue
             labels.append(after)
             walk.merged |= after.numel() > before.numel()
             if len(varying(after)) > 1:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demp_fx.channels.blocks import outer_to_inner
+from demp_fx.channels.blocks import outer_to_inner, recurs_along
 from demp_fx.channels.facts import Facts, joined
 from demp_fx.channels.input_sizes import at_larger
 from demp_fx.channels.labels import along, varying
@@ -31,6 +31,8 @@ def pad(walk: Stream, call: Call) -> None:
     for label in walk.value(x).labels:
         met = ends.keys() & set(varying(label))
         d = next(iter(met), None)
+        if d is not None and len(varying(label)) > 1 and recurs_along(label, d):
+            label, d = walk.tie(label, (d,), call), None  # no more are known to be padded on
         if d is None:
             labels.append(label)
         elif len(met) == 1 and d not in grown and min(ends[d]) >= 0:
