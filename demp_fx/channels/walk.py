@@ -222,11 +222,15 @@ class Walk(Layers):
         fixed: Set[fx.Node] = frozenset(),
     ) -> dict[fx.Node, Any]:  # fmt: skip
         """What goes into a node, as it sees it."""
-        entered = {n: self._enter(n, node, n in again, n in fixed) for n in node.all_input_nodes}
+        source: Any = node.args[0] if cropped else None
+        labels = self.value(self.env[source]).labels if cropped else ()
+        uncut = source if any(cropped & set(varying(x)) for x in labels) else None
+        entered = {
+            n: self.env[n] if n is uncut else self._enter(n, node, n in again, n in fixed)
+            for n in node.all_input_nodes
+        }
         if cropped:
-            source: Any = node.args[0]
-            joint = any(cropped & set(varying(x)) for x in self.value(self.env[source]).labels)
-            entered[source] = self.crops.whole((self.env if joint else entered)[source], cropped)
+            entered[source] = self.crops.whole(entered[source], cropped)
         return entered
 
     def _is_literal(self, node: fx.Node) -> bool:
