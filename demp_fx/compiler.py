@@ -123,7 +123,7 @@ def compile(
             )
         elif report.verification.sized:
             report.warnings.append(
-                "images of other sizes may go another way through the original's code, which was "
+                "inputs of other sizes may go another way through the original's code, which was "
                 "not followed" + "".join(decided)
             )
         if report.verification.forgets:

@@ -125,8 +125,33 @@ def test_code_that_decides_by_the_size_of_an_image_is_noticed() -> None:
     proof = result.report.verification
     assert proof is not None
     assert proof.sized
-    (warning,) = (w for w in result.report.warnings if "images of other sizes" in w)
+    (warning,) = (w for w in result.report.warnings if "inputs of other sizes" in w)
     assert "if made.shape[-1] > 9" in warning
+
+
+class Pieces(nn.Module):
+    """Looks at three steps of a sequence at a time."""
+
+    def __init__(self, unrolled: bool) -> None:
+        super().__init__()
+        self.unrolled, self.i, self.o = unrolled, nn.Linear(6, 8), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.i.weight[::2] = 0
+            self.i.bias[::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.i(x).relu()
+        if self.unrolled:
+            x = torch.cat([part - part.mean(1, keepdim=True) for part in x.split(3, 1)], 1)
+        result: Tensor = self.o(x)
+        return result
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_code_that_is_unrolled_for_the_length_of_a_sequence_is_noticed(unrolled: bool) -> None:
+    result = demp_fx.compile(Pieces(unrolled), torch.randn(2, 9, 6))
+    assert result.module.get_parameter("i.weight").shape[0] == 4
+    assert any("inputs of other sizes" in w for w in result.report.warnings) is unrolled
 
 
 class Prefixed(nn.Module):

@@ -38,7 +38,7 @@ class Verification(_Data):
     `tolerance`: 1e-9, and more only where the original makes more of rounding.
 
     `fixed`: the code takes the batch size of the example as given, and no other was compared.
-    `sized`: images of another size go another way than those of the example. `forgets`: something
+    `sized`: inputs of another size go another way than those of the example. `forgets`: something
     that the original keeps from call to call is not kept.
     """
 

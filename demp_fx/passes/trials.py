@@ -1,6 +1,10 @@
-"""Inputs to compare two modules on: random ones of another batch size, or of another image size."""
+"""Inputs to compare two modules on: random ones of another batch size, or of another image size,
+and sequences that are shorter."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -40,3 +44,20 @@ def resized(inputs: Inputs, odd: bool = False) -> Inputs | None:
         return torch.randn(*t.shape[:2], *sides, generator=generator, dtype=torch.float64).to(t)
 
     return inputs.map(draw)
+
+
+def shortened(inputs: Inputs) -> Iterator[Inputs]:
+    """The first half of the example's sequences, masks and all: an odd number of steps, for each
+    dim of the first input that may be of steps, in (batch, steps) of whole numbers, and in (batch,
+    steps, features) or (batch, features, steps)."""
+    first = inputs.tensors[0]
+    dims = range(1, first.dim()) if first.dim() == 3 or not first.is_floating_point() else ()
+    for steps in {first.shape[d] for d in dims} - {1, 2, 3}:
+        yield inputs.map(functools.partial(_halved, steps=steps))
+
+
+def _halved(tensor: Tensor, steps: int) -> Tensor:
+    for d in range(tensor.dim() > 1, tensor.dim()):
+        if tensor.shape[d] == steps:
+            tensor = tensor.narrow(d, 0, steps // 2 | 1)
+    return tensor

@@ -17,7 +17,7 @@ from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.calls import Precision, run, runs
 from demp_fx.passes.outcome import Verification
-from demp_fx.passes.trials import fresh, resized
+from demp_fx.passes.trials import fresh, resized, shortened
 from demp_fx.tracing.memo import forgotten
 from demp_fx.tracing.preserve import CONSTANT
 from demp_fx.trees import tensors_of
@@ -136,12 +136,8 @@ def _compare(
                 "handed over"
             )
     sized = False
-    for odd in (True, False) if False in ways and not (observed or fixed) else ():
-        image = resized(inputs, odd)
-        another = _goes_another_way(original, narrow, traced, image, ways[False], tolerance, odd)
-        sized = sized or another is True
-        if another is False:
-            break
+    if False in ways and not (observed or fixed):
+        sized = _decides_by_sizes(original, narrow, traced, inputs, ways[False], tolerance)
     return Verification(
         eval_error=math.nan if errors[False] is None else errors[False],
         train_error=errors.get(True), tolerance=tolerance, batch=batch, fixed=fixed, sized=sized,
@@ -149,12 +145,29 @@ def _compare(
     )  # fmt: skip
 
 
+def _decides_by_sizes(
+    original: nn.Module, narrow: nn.Module, traced: nn.Module | None, inputs: Inputs,
+    precision: Precision, tolerance: float,
+) -> bool:  # fmt: skip
+    """Whether images of another size, or sequences of another length, are found to go another way
+    than the example."""
+
+    def goes(trial: Inputs | None, odd: bool) -> bool | None:
+        return _goes_another_way(original, narrow, traced, trial, precision, tolerance, odd)
+
+    images = goes(resized(inputs, odd=True), odd=True)
+    if images is not False:
+        images = goes(resized(inputs), odd=False) or images
+    sequences = [goes(shorter, odd=True) for shorter in shortened(inputs)]
+    return images is True or True in sequences
+
+
 def _goes_another_way(
     original: nn.Module, narrow: nn.Module, traced: nn.Module | None, trial: Inputs | None,
     precision: Precision, tolerance: float, odd: bool,
 ) -> bool | None:  # fmt: skip
-    """Whether the original's code decides by the size of an image, so that neither the traced nor
-    the narrow module follow it on a `trial` of another size; None where it does not take that.
+    """Whether the original's code decides by sizes, so that neither the traced nor the narrow
+    module follow it on a `trial` of another size; None where it does not take that.
     Raises `VerificationError` where the narrow one alone does not follow; but it may refuse `odd`
     sizes, at which some networks add up maps that only happen to fit."""
     if trial is None:
