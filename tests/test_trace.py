@@ -977,6 +977,29 @@ def test_arguments_given_by_name_are_in_their_places(name: str) -> None:
     assert not any(isinstance(v, fx.Node) for n in calls for v in n.kwargs.values())
 
 
+def test_arguments_may_have_the_names_that_fx_gives_a_module() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+            return self.layer(x) * mod
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, mod=x.sigmoid())
+
+    model = Caller().double()
+    graph = demp_fx.trace(model, X)
+    assert "inner.layer" in targets(graph) and not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
+
+
 def test_wrapped_functions_are_looked_through_where_possible() -> None:
     class Wrapped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ from demp_fx.tracing.states import (
     memory_of,
     written_attributes,
 )
-from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
+from demp_fx.tracing.submodules import Submodules, any_keyword, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
     NUMBERS,
     Values,
@@ -181,7 +181,7 @@ class Tracer(Submodules):
         return run, []
 
     def _run(self, forward: Callable[..., Any]) -> Any:
-        with proxies_are_tensors():
+        with proxies_are_tensors(), any_keyword():
             result = forward(*self.bound.args, **self.bound.kwargs)
         if not all(map(is_made_anew, self.memos or ())):
             raise TypeError("sizes that it compares are none of the last call")
