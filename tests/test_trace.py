@@ -996,7 +996,8 @@ def test_arguments_may_have_the_names_that_fx_gives_a_module() -> None:
 
     model = Caller().double()
     graph = demp_fx.trace(model, X)
-    assert "inner.layer" in targets(graph) and not graph.meta["demp_fx"].exported
+    assert "inner.layer" in targets(graph)
+    assert not graph.meta["demp_fx"].exported
     torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
 
 
