@@ -977,6 +977,26 @@ def test_arguments_given_by_name_are_in_their_places(name: str) -> None:
     assert not any(isinstance(v, fx.Node) for n in calls for v in n.kwargs.values())
 
 
+def test_items_that_are_none_are_none_to_the_code() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, parts: dict[str, Any]) -> Tensor:
+            past, x = parts["past"], self.layer(parts["x"])
+            if past is not None:
+                x = x + self.of_the_past(past)
+            return x if parts.get("mask") is None else x * parts["mask"]
+
+    model = Parts().double()
+    inputs = {"x": X, "past": None}
+    graph = demp_fx.trace(model, (inputs,))
+    assert not graph.meta["demp_fx"].exported
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["layer"]
+    torch.testing.assert_close(graph(inputs), model(inputs), rtol=0, atol=0)
+
+
 def test_arguments_may_have_the_names_that_fx_gives_a_module() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
