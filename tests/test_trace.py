@@ -994,6 +994,25 @@ def test_a_tensor_may_be_given_the_type_of_another_by_its_name() -> None:
     torch.testing.assert_close(result.module(X[:3]), model(X[:3]), rtol=0, atol=0)
 
 
+def test_a_slice_may_end_at_a_number_in_a_tensor_that_is_computed_of_sizes() -> None:
+    class Resampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(1, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = torch.ceil(torch.as_tensor(2 * x.shape[-1] / 3)).long()
+            x = self.layer(x)[..., :length]
+            return x[..., 1:] if x.shape[-1] % 2 else x
+
+    model = Resampled().double()
+    graph = demp_fx.trace(model, tensor(2, 1, 12))
+    assert not graph.meta["demp_fx"].exported
+    for size in (12, 18, 24):
+        x = tensor(3, 1, size)
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
 def test_items_that_are_none_are_none_to_the_code() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:

@@ -164,6 +164,11 @@ class Values(fx.Interpreter):
             before = {n: self.env[n] for n in node.all_input_nodes}
             try:
                 self.env.update(on_meta(before))
+                with contextlib.suppress(Exception):
+                    return self.run_node(node)
+                # a place in a tensor may be a number in another one, computed of sizes
+                numbers = [n for n, t in before.items() if isinstance(t, Tensor) and not t.dim()]
+                self.env.update({n: self.real(n) for n in numbers})
                 return self.run_node(node)
             finally:
                 self.env.update(before)
