@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import numbers
 import pickle
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -998,11 +1000,11 @@ def test_a_slice_may_end_at_a_number_in_a_tensor_that_is_computed_of_sizes() -> 
     class Resampled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Conv1d(1, 4, 3, padding=1)
+            self.layer, self.out = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             length = torch.ceil(torch.as_tensor(2 * x.shape[-1] / 3)).long()
-            x = self.layer(x)[..., :length]
+            x = self.out(self.layer(x)[..., :length])
             return x[..., 1:] if x.shape[-1] % 2 else x
 
     model = Resampled().double()
@@ -1011,6 +1013,24 @@ def test_a_slice_may_end_at_a_number_in_a_tensor_that_is_computed_of_sizes() -> 
     for size in (12, 18, 24):
         x = tensor(3, 1, size)
         torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
+def test_sizes_are_numbers_to_the_packages_of_python() -> None:
+    class Segments(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(x.shape[0], numbers.Integral)
+            assert not isinstance(x, numbers.Number)
+            self.share = Fraction(x.shape[0], 4)
+            return self.layer(x)
+
+    model = Segments().double()
+    graph = demp_fx.trace(model, X)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X[:2]), model(X[:2]), rtol=0, atol=0)
 
 
 def test_items_that_are_none_are_none_to_the_code() -> None:

@@ -175,7 +175,7 @@ class Values(fx.Interpreter):
 
     @contextlib.contextmanager
     def _running(self, device: torch.device = _META) -> Iterator[None]:
-        self.busy = True
+        outer, self.busy = self.busy, True
         try:
             with (
                 torch.no_grad(),
@@ -186,7 +186,7 @@ class Values(fx.Interpreter):
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            self.busy = False
+            self.busy = outer
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.training:
