@@ -101,6 +101,34 @@ def test_what_is_kept_in_another_precision_is_no_reason_to_refuse() -> None:
     assert result.report.verification.eval_error < 1e-12
 
 
+class Remembers(Located):
+    """Keeps one map for each size that it has met."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x.shape)
+        self.maps: dict[tuple[int, int], Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.make(x).relu()
+        size = (x.shape[-2], x.shape[-1])
+        if size not in self.maps:
+            rows, columns = torch.arange(size[0]), torch.arange(size[1])
+            self.maps[size] = (rows[:, None] * size[1] + columns).div(7).sin()
+        result: Tensor = self.read(x + self.maps[size])
+        return result
+
+
+def test_maps_that_are_kept_by_size_may_have_been_made_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model = half_dead(Remembers())
+    model(torch.randn(2, 3, 6, 6))
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 6, 6)).module
+    assert narrow.get_parameter("make.weight").shape[0] == 4
+    for size in (6, 9):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(narrow(x), model(x))
+
+
 def test_a_size_that_is_only_checked_is_not_kept() -> None:
     class Checked(Located):
         def forward(self, x: Tensor) -> Tensor:

@@ -573,3 +573,28 @@ def test_one_dim_is_gathered_and_another_filled_up_before_one_reader() -> None:
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("rows.weight").shape == (4, 4)
     assert narrow.get_parameter("mix.weight").shape == (3, 2)
+
+
+@pytest.mark.parametrize("size", [(None, 1), (8, 1)])
+def test_an_adaptive_pool_leaves_an_axis_as_it_is_that_keeps_its_size(size: Any) -> None:
+    """As where text is read: of channels and rows the rows are averaged. (A size that the code
+    itself gives in numbers stays.)"""
+
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.pool = nn.Conv2d(2, 8, 3), nn.AdaptiveAvgPool2d(size)
+            self.out = nn.Linear(8, 3)
+            with torch.no_grad():
+                self.conv.weight[:5] = self.conv.bias[:5] = 0  # type: ignore[index]
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            columns = self.conv(x).relu().permute(0, 3, 1, 2)
+            return self.out(self.pool(columns).squeeze(3))
+
+    net, x = Columns(), torch.randn(3, 2, 7, 9).double()
+    narrow = demp_fx.compile(net, x, cuts="always").module
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+    assert narrow.get_parameter("conv.weight").shape[0] == (3 if size[0] is None else 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import numbers
 import pickle
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -988,6 +990,104 @@ def test_arguments_given_by_name_are_in_their_places(name: str) -> None:
     calls = [n for n in graph.graph.nodes if n.op in ("call_function", "call_module")]
     assert all(n.args for n in calls)
     assert not any(isinstance(v, fx.Node) for n in calls for v in n.kwargs.values())
+
+
+def test_a_tensor_may_be_given_the_type_of_another_by_its_name() -> None:
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[0]).type(x.type())
+            return self.layer(x) + places[:, None]
+
+    model = Grid().double()
+    with torch.no_grad():
+        model.layer.weight[:2] = 0
+    result = demp_fx.compile(model, X)
+    torch.testing.assert_close(result.module(X[:3]), model(X[:3]), rtol=0, atol=0)
+
+
+def test_a_slice_may_end_at_a_number_in_a_tensor_that_is_computed_of_sizes() -> None:
+    class Resampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = torch.ceil(torch.as_tensor(2 * x.shape[-1] / 3)).long()
+            x = self.out(self.layer(x)[..., :length])
+            return x[..., 1:] if x.shape[-1] % 2 else x
+
+    model = Resampled().double()
+    graph = demp_fx.trace(model, tensor(2, 1, 12))
+    assert not graph.meta["demp_fx"].exported
+    for size in (12, 18, 24):
+        x = tensor(3, 1, size)
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
+def test_sizes_are_numbers_to_the_packages_of_python() -> None:
+    class Segments(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(x.shape[0], numbers.Integral)
+            assert not isinstance(x, numbers.Number)
+            self.share = Fraction(x.shape[0], 4)
+            return self.layer(x)
+
+    model = Segments().double()
+    graph = demp_fx.trace(model, X)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X[:2]), model(X[:2]), rtol=0, atol=0)
+
+
+def test_items_that_are_none_are_none_to_the_code() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, parts: dict[str, Any]) -> Tensor:
+            past, x = parts["past"], self.layer(parts["x"])
+            if past is not None:
+                x = x + self.of_the_past(past)
+            return x if parts.get("mask") is None else x * parts["mask"]
+
+    model = Parts().double()
+    inputs = {"x": X, "past": None}
+    graph = demp_fx.trace(model, (inputs,))
+    assert not graph.meta["demp_fx"].exported
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["layer"]
+    torch.testing.assert_close(graph(inputs), model(inputs), rtol=0, atol=0)
+
+
+def test_arguments_may_have_the_names_that_fx_gives_a_module() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+            return self.layer(x) * mod
+
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, mod=x.sigmoid())
+
+    model = Caller().double()
+    graph = demp_fx.trace(model, X)
+    assert "inner.layer" in targets(graph)
+    assert not graph.meta["demp_fx"].exported
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=0)
 
 
 def test_wrapped_functions_are_looked_through_where_possible() -> None:

@@ -19,7 +19,7 @@ from demp_fx.passes.calls import Precision, run, runs
 from demp_fx.passes.outcome import Verification
 from demp_fx.passes.trials import fresh, resized, shortened
 from demp_fx.tracing.memo import forgotten
-from demp_fx.tracing.preserve import CONSTANT
+from demp_fx.tracing.preserve import CONSTANT, TABLES
 from demp_fx.trees import tensors_of
 
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
@@ -57,8 +57,10 @@ def _compare(
     coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
                   if p.is_floating_point()), default=0.0)  # fmt: skip
     # what the original makes in its forward, it makes in float64 here
-    made = [t for name, t in narrow.named_buffers() if CONSTANT in name and _is_real(t)]
-    rounded = [coarse] * folded + [torch.finfo(t.dtype).eps for t in made]
+    made = [t for name, t in narrow.named_buffers() if CONSTANT in name]
+    # and what it keeps of earlier calls, for each size, is made at each call
+    made += [t for m in original.modules() for t in _cached(m)]
+    rounded = [coarse] * folded + [torch.finfo(t.dtype).eps for t in made if _is_real(t)]
     tolerance = max(TOLERANCE, FOLDED * max(rounded, default=0.0))
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
     errors: dict[bool, float | None] = {}
@@ -215,6 +217,12 @@ def _amplified(
     shaken = trial.map(lambda t: t.to(torch.float64) * (1 + SHAKEN) if t.is_floating_point() else t)
     moved, _ = _error(original, shaken, training, precision, expected)
     return min(AMPLIFIED * moved, LOOSEST)
+
+
+def _cached(module: nn.Module) -> list[Tensor]:
+    """The tensors in dicts of a module's own."""
+    own = vars(module).items()
+    return tensors_of([v for name, v in own if type(v) is dict and name not in TABLES])
 
 
 def _is_real(tensor: Tensor) -> bool:

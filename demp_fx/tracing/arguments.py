@@ -88,6 +88,8 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
         return "to", (args[0], like.dtype)
     if target is operator.getitem and isinstance(args[1], list) and any(map(_is_index, args[1])):
         return target, (args[0], tuple(args[1]))
+    if target == "type" and len(args) == 2 and (like := _typed(args[1])) is not None:
+        return "type_as", (args[0], like)
     shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
     if not shaped and not (target in LIKE and len(args) == 2):
         return target, args
@@ -102,6 +104,13 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     if isinstance(sizes, tuple):
         args = (*args[:-1], tuple(last[d] for d in range(len(sizes))))
     return target, args
+
+
+def _typed(kind: Any) -> fx.Proxy | None:
+    """The tensor of which `kind` is the type, a string that meta tensors cannot be given."""
+    if not isinstance(kind, fx.Proxy) or kind.node.target != "type" or len(kind.node.args) != 1:
+        return None
+    return kind.tracer.proxy(kind.node.args[0])  # type: ignore[arg-type]
 
 
 def filled(target: Any, args: Any, kwargs: dict[str, Any], values: Values) -> tuple[Any, ...]:

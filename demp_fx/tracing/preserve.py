@@ -13,7 +13,7 @@ from torch import Tensor, nn
 CONSTANT = "_tensor_constant"  # how fx names tensors that it keeps on the root
 NUMBERS = {bool, int, float, str, type(None)}  # kinds of attributes that hold nothing else
 _CONTAINERS = {dict, OrderedDict, list, set}
-_TABLES = {"_parameters", "_buffers", "_modules"}
+TABLES = {"_parameters", "_buffers", "_modules"}
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def _held(
             continue
         if kind in _CONTAINERS:
             containers.append((value, value and value.copy()))
-            if not value or name in _TABLES:
+            if not value or name in TABLES:
                 continue
             inner = value.values() if isinstance(value, dict) else value
         for one in inner:

@@ -6,8 +6,8 @@ import functools
 import itertools
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from demp_fx.tracing.decisions import Decisions
 from demp_fx.tracing.modes import is_kept
 from demp_fx.tracing.norms import PLAIN, plain_kind
 from demp_fx.tracing.source import failed_at, first_line, user_line
+
+_NAMED = "demp_fx: arguments by name"
 
 
 class Submodules(Decisions):
@@ -57,6 +59,7 @@ class Submodules(Decisions):
         return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        kwargs = kwargs.get(_NAMED, kwargs)
         if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
         if not is_hooked(m) and "forward" not in vars(m):
@@ -145,6 +148,22 @@ class Submodules(Decisions):
             return call()
         finally:
             self.module_stack = outer
+
+
+@contextmanager
+def any_keyword() -> Iterator[None]:
+    """Meanwhile modules may be called with any keyword: fx's own wrapper takes the module as `mod`,
+    so that arguments go past it as one."""
+    through = nn.Module.__call__
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return through(module, *args, **{_NAMED: kwargs}) if kwargs else through(module, *args)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = through  # type: ignore[method-assign]
 
 
 def _is_given_nothing(module: nn.Module, args: tuple[Any, ...]) -> bool:

@@ -54,7 +54,7 @@ from demp_fx.tracing.states import (
     memory_of,
     written_attributes,
 )
-from demp_fx.tracing.submodules import Submodules, hears_gradients, is_hooked
+from demp_fx.tracing.submodules import Submodules, any_keyword, hears_gradients, is_hooked
 from demp_fx.tracing.values import (
     NUMBERS,
     Values,
@@ -75,6 +75,8 @@ _PURE |= {*MOVES, "type"}
 _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
 PLAIN_SIZES = ("einx",)
+# What takes an item out of a tuple, list or dict.
+_ITEMS = {operator.getitem, "get", "pop"}
 # Arguments of these types are in the graph as they are.
 _LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
@@ -183,7 +185,7 @@ class Tracer(Submodules):
         return run, []
 
     def _run(self, forward: Callable[..., Any]) -> Any:
-        with proxies_are_tensors():
+        with proxies_are_tensors(), any_keyword():
             result = forward(*self.bound.args, **self.bound.kwargs)
         if not all(map(is_made_anew, self.memos or ())):
             raise TypeError("sizes that it compares are none of the last call")
@@ -244,7 +246,16 @@ class Tracer(Submodules):
                 reason = f"{first_line(error)} at {failed_at(error)}"
             self._roll_back(mark)
             self.opaque[f"{target.__module__}.{target.__qualname__}"] = reason
-        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+        made = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        if target in _ITEMS and self._is_none(made.node):
+            return None  # the code will ask whether it is
+        return made
+
+    def _is_none(self, item: fx.Node) -> bool:
+        """Whether an item of a tuple, list or dict is None, which it is taken to stay: it says what
+        there is, not how large."""
+        of = self.values.of_node(item.args[0]) if item.args else None  # type: ignore[arg-type]
+        return isinstance(of, (tuple, list, dict)) and self.values.of_node(item) is None
 
     def _written(self, tensor: Tensor) -> Tensor:
         """A tensor that is written into: if the code has made it, it is a value from now on."""

@@ -165,13 +165,18 @@ class Values(fx.Interpreter):
             before = {n: self.env[n] for n in node.all_input_nodes}
             try:
                 self.env.update(on_meta(before))
+                with contextlib.suppress(Exception):
+                    return self.run_node(node)
+                # a place in a tensor may be a number in another one, computed of sizes
+                numbers = [n for n, t in before.items() if isinstance(t, Tensor) and not t.dim()]
+                self.env.update({n: self.real(n) for n in numbers})
                 return self.run_node(node)
             finally:
                 self.env.update(before)
 
     @contextlib.contextmanager
     def _running(self, device: torch.device = _META) -> Iterator[None]:
-        self.busy = True
+        outer, self.busy = self.busy, True
         try:
             with (
                 torch.no_grad(),
@@ -182,7 +187,7 @@ class Values(fx.Interpreter):
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            self.busy = False
+            self.busy = outer
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.training:

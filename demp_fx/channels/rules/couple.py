@@ -31,6 +31,17 @@ def trailing(count: int) -> Dims:
     return lambda call, rank: list(range(rank - count, rank))
 
 
+def resized(count: int) -> Dims:
+    """Those of the last `count` dims that get another size than they had: an adaptive pool leaves
+    the others as they are."""
+
+    def dims(call: Call, rank: int) -> list[int]:
+        before, after = (tuple(t.shape) for t in (call.tensors[0], call.outputs[0]))
+        return [d for d in range(rank - count, rank) if before[d] != after[d]]
+
+    return dims
+
+
 def named(call: Call, rank: int) -> list[int]:
     """The dims that the argument `dim` names; all of them where it is None or empty."""
     given: Any = call.arg("dim")
@@ -211,11 +222,12 @@ def unpool(walk: Stream, call: Call) -> None:
     x.__dict__["demp"] = before
 
 
-POOLS = {f"aten::{name}{n}d": couple(trailing(n), name, keeps)
+POOLS = {f"aten::{name}{n}d": couple(dims(n), name, keeps)
          for n in (1, 2, 3)
-         for name, keeps in (("avg_pool", "average"), ("_adaptive_avg_pool", "all"),
-                             ("adaptive_avg_pool", "all"),
-                             ("adaptive_max_pool", "all"))}  # fmt: skip
+         for name, dims, keeps in (("avg_pool", trailing, "average"),
+                                   ("_adaptive_avg_pool", resized, "all"),
+                                   ("adaptive_avg_pool", resized, "all"),
+                                   ("adaptive_max_pool", resized, "all"))}  # fmt: skip
 UPSAMPLE = {f"aten::{name}{n}d": couple(trailing(n), name, "all")
             for n in (1, 2, 3)
             for name in ("upsample_nearest", "_upsample_nearest_exact", "upsample_linear",
