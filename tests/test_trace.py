@@ -992,23 +992,6 @@ def test_arguments_given_by_name_are_in_their_places(name: str) -> None:
     assert not any(isinstance(v, fx.Node) for n in calls for v in n.kwargs.values())
 
 
-def test_a_tensor_may_be_given_the_type_of_another_by_its_name() -> None:
-    class Grid(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            places = torch.arange(x.shape[0]).type(x.type())
-            return self.layer(x) + places[:, None]
-
-    model = Grid().double()
-    with torch.no_grad():
-        model.layer.weight[:2] = 0
-    result = demp_fx.compile(model, X)
-    torch.testing.assert_close(result.module(X[:3]), model(X[:3]), rtol=0, atol=0)
-
-
 def test_a_slice_may_end_at_a_number_in_a_tensor_that_is_computed_of_sizes() -> None:
     class Resampled(nn.Module):
         def __init__(self) -> None:

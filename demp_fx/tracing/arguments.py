@@ -78,14 +78,12 @@ def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Paramete
 
 def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     """A target and its arguments: each size one of its own, each dim a number, an index of several
-    dims a tuple, and the type of another tensor its dtype."""
+    dims a tuple, and for the name of a tensor's type that tensor."""
     if target in ORDERED:
         x, *dims = args
         if any(type(dim) is not int for dim in dims):
             dims = pytree.tree_map_only(fx.Proxy, lambda dim: _number(dim, values), dims)
         return target, (x, *dims)
-    if target == "type" and (like := _named_type(args)) is not None:
-        return "to", (args[0], like.dtype)
     if target is operator.getitem and isinstance(args[1], list) and any(map(_is_index, args[1])):
         return target, (args[0], tuple(args[1]))
     if target == "type" and len(args) == 2 and (like := _typed(args[1])) is not None:
@@ -122,14 +120,6 @@ def filled(target: Any, args: Any, kwargs: dict[str, Any], values: Values) -> tu
         return ()
     rest = {name: value for name, value in kwargs.items() if name != "fill_value"}
     return number, args[:place], rest
-
-
-def _named_type(args: Any) -> Any:
-    """The tensor `y` of `x.type(y.type())`: the name of a type tells the device, too."""
-    name = args[1] if len(args) == 2 else None
-    if not isinstance(name, fx.Proxy) or name.node.target != "type" or len(name.node.args) != 1:
-        return None
-    return name.tracer.proxy(name.node.args[0])  # type: ignore[arg-type]
 
 
 def _number(proxy: fx.Proxy, values: Values) -> Any:
