@@ -252,10 +252,13 @@ class Tracer(Submodules):
         return made
 
     def _is_none(self, item: fx.Node) -> bool:
-        """Whether an item of a tuple, list or dict is None, which it is taken to stay: it says what
-        there is, not how large."""
-        of = self.values.of_node(item.args[0]) if item.args else None  # type: ignore[arg-type]
-        return isinstance(of, (tuple, list, dict)) and self.values.of_node(item) is None
+        """Whether an item of an input is None, which it is taken to stay: it says what there is,
+        not how large."""
+        source: Any = item
+        while isinstance(source, fx.Node) and source.target in _ITEMS and source.args:
+            source = source.args[0]
+        given = isinstance(source, fx.Node) and source.op == "placeholder"
+        return given and self.values.of_node(item) is None
 
     def _written(self, tensor: Tensor) -> Tensor:
         """A tensor that is written into: if the code has made it, it is a value from now on."""
