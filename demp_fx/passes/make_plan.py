@@ -22,7 +22,8 @@ from demp_fx.passes.asked import Asked
 from demp_fx.passes.narrow import narrow
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
-from demp_fx.passes.resize import ROWS, MisfitError
+from demp_fx.passes.resize import ROWS
+from demp_fx.passes.sizes import MisfitError
 
 _NOTHING = Asked()
 

@@ -32,8 +32,9 @@ from demp_fx.passes.plan import (
     Spread,
     Sum,
 )
-from demp_fx.passes.resize import Masks, MisfitError, Sizes, literals
+from demp_fx.passes.resize import literals
 from demp_fx.passes.scalars import frozen_scalars, narrower_sizes
+from demp_fx.passes.sizes import Masks, MisfitError, Sizes
 from demp_fx.trees import tensors_of
 
 
