@@ -14,9 +14,10 @@ from demp_fx.channels.analysis import walk
 from demp_fx.channels.cuts import Cuts, decide
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import varying
+from demp_fx.channels.nodes import RefusalError
 from demp_fx.channels.solve import Solution
 from demp_fx.channels.system import Site
-from demp_fx.channels.walk import RefusalError, Walk
+from demp_fx.channels.walk import Walk
 from demp_fx.errors import DempError
 from demp_fx.passes.asked import Asked
 from demp_fx.passes.narrow import narrow
