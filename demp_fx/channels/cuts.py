@@ -15,7 +15,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from demp_fx.channels.runs import Indices, Mask, Runs
-from demp_fx.channels.solve import Solution, Solver
+from demp_fx.channels.solution import Solution
+from demp_fx.channels.solve import Solver
 from demp_fx.channels.system import Edge, System
 
 Cuts = Literal["pays", "always", "never"]

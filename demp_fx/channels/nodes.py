@@ -23,7 +23,7 @@ from demp_fx.channels.running import Running
 from demp_fx.channels.stream import Rule
 from demp_fx.errors import DempError, UsageError
 from demp_fx.shapes import Shape
-from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.autograd import Apply
 from demp_fx.trees import tensors_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from demp_fx.channels.constants import foldable
-from demp_fx.channels.solve import Solution
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.count import counts
 from demp_fx.passes.edges import put_edges

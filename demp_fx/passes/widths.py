@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
 from demp_fx.channels.labels import varying
-from demp_fx.channels.solve import Solution
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.system import Edge
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.sizes import Masks

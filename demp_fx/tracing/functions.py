@@ -1,8 +1,8 @@
 """What of torch is replaced while a model is traced.
 
-ATen's functions become nodes whatever argument the proxy is. Autograd functions become one node
-each, so that their own backward stays; a batch norm's forward, which branches on `training`, is
-one wherever a subclass calls it; and checks of what is traced are passed.
+ATen's functions become nodes whatever argument the proxy is. A batch norm's forward, which branches
+on `training`, is one wherever a subclass calls it; and checks of what is traced are passed.
+(Autograd functions: see `autograd.py`.)
 """
 
 from __future__ import annotations
@@ -16,45 +16,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd import Function, Variable
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd import Variable
 from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_overridable_functions
-from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 from demp_fx.expressions import attention_function
 from demp_fx.tracing.values import DRAWS
-
-_STEPS = ("forward", "setup_context")  # what `Function.apply` calls
-
-
-class Apply:
-    """Calls an autograd function. `Function.apply` itself says that it is torch's own, and
-    torch.fx would write it as such."""
-
-    def __init__(self, function: type[Function]) -> None:
-        self.function = function
-        self.__module__ = function.__module__
-        self.__name__ = function.__name__
-        self.__qualname__ = f"{function.__qualname__}.apply"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return self.__qualname__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return apply_of, (self.function,)
-
-
-@functools.cache
-def apply_of(function: type[Function]) -> Apply:
-    """What calls an autograd function: one object, as code has one name for it."""
-    return Apply(function)
 
 
 def proxy_in(arguments: Iterable[Any]) -> fx.Proxy | None:
@@ -132,43 +102,6 @@ def aten_as_nodes(tracer: Any) -> Iterator[None]:
             draws = {n: _drawn(tracer, f) for n, f in mine.items() if n in DRAWS}
             table.update(mine | draws)
         yield
-
-
-@contextmanager
-def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
-    """Meanwhile `Function.apply` of a proxy is a node that calls it.
-
-    Left alone it would run the forward on proxies, and the graph's gradient would be that of the
-    forward. What is replaced is the forward that every `apply` looks up, however early itself was
-    looked up. Torch's own functions (checkpointing, hooks) run through: their gradient is that of
-    their forward.
-    """
-    plain = type.__getattribute__
-
-    def lookup(cls: Any, name: str) -> Any:
-        found = plain(cls, name)
-        if name not in _STEPS or plain(cls, "__module__").startswith("torch."):
-            return found
-        split = plain(cls, "setup_context") is not _SingleLevelFunction.setup_context
-
-        @functools.wraps(found)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            applied = split or (bool(args) and isinstance(args[0], plain(cls, "_backward_cls")))
-            leaves = pytree.tree_leaves((args, kwargs)) if applied else ()
-            if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-                return found(*args, **kwargs)
-            if name == "setup_context":
-                return None
-            return tracer.create_proxy("call_function", apply_of(cls), args[not split :], kwargs)
-
-        return step if name == "forward" or split else found
-
-    meta: Any = type(Function)
-    meta.__getattribute__ = lookup
-    try:
-        yield
-    finally:
-        del meta.__getattribute__
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from demp_fx.expressions import expression_of
 from demp_fx.tracing.arguments import FILLED, filled, in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
 from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place, writes
+from demp_fx.tracing.autograd import as_nodes
 from demp_fx.tracing.checks import is_checked
 from demp_fx.tracing.functions import (
     ATEN,
-    as_nodes,
     aten_as_nodes,
     attention_in_parts,
     batch_norms_as_nodes,

@@ -13,9 +13,10 @@ from demp_fx.channels.rules.contract import add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.rules.samplewise import samples_in, samplewise
-from demp_fx.channels.stream import STRUCTURE, Rule, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.system import Blocks, Grouping, Read
 from demp_fx.channels.value import Call
+from demp_fx.channels.values import STRUCTURE
 
 aten = torch.ops.aten
 
