@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from demp_fx.channels.constraints import Edge, Read
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.places import Places
-from demp_fx.channels.system import Edge, Mark, Read, System
+from demp_fx.channels.system import Mark, System
 from demp_fx.channels.value import Value
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import called
+from demp_fx.channels.constraints import Edge, Site
 from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Edge, Mark, Site
+from demp_fx.channels.system import Mark
 from demp_fx.channels.value import Value
 from demp_fx.channels.writes import memory_of
 from demp_fx.shapes import Shape

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from demp_fx.channels.constraints import Axis
 from demp_fx.channels.runs import Indices, Mask
-from demp_fx.channels.system import Axis
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from torch import Tensor
 from demp_fx.channels.blocks import fillers
 from demp_fx.channels.classes import classes, components, numbered
 from demp_fx.channels.constants import carried, dead_at, foldable
+from demp_fx.channels.constraints import Edge, Link, Pin, Product, Read
 from demp_fx.channels.runs import Indices, Mask, Runs
 from demp_fx.channels.solution import Draft, Solution
-from demp_fx.channels.system import Edge, Link, Pin, Product, Read, System
+from demp_fx.channels.system import System
 
 
 def droppable(edge: Edge) -> Tensor | None:

@@ -12,13 +12,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from demp_fx.channels.constraints import Site
 from demp_fx.channels.custom import FunctionOp, LayerOp, written
 from demp_fx.channels.labels import same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.running import Running
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.signs import is_never_negative, is_positive
-from demp_fx.channels.system import Mark, Site
+from demp_fx.channels.system import Mark
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.values import Values
 from demp_fx.channels.writes import Write, memory_of

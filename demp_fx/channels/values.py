@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Axis, Site, Traffic
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
-from demp_fx.channels.system import Axis, Site, System, Traffic
+from demp_fx.channels.system import System
 from demp_fx.channels.value import Call, Value
 from demp_fx.channels.writes import Write, memory_of
 

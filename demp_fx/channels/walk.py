@@ -21,6 +21,7 @@ from demp_fx.channels.again import fixed, is_supplied, lost
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
+from demp_fx.channels.constraints import Blocks, Site
 from demp_fx.channels.crops import Crops
 from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, repeats, varying
@@ -29,7 +30,7 @@ from demp_fx.channels.nodes import Nodes, RefusalError
 from demp_fx.channels.places import SIZES
 from demp_fx.channels.stale import refresh
 from demp_fx.channels.stream import Rule
-from demp_fx.channels.system import Blocks, Site, System
+from demp_fx.channels.system import System
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
 from demp_fx.tracing.preserve import preserved

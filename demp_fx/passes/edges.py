@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import called
+from demp_fx.channels.constraints import Edge
 from demp_fx.channels.labels import varying
 from demp_fx.channels.network import CATS
 from demp_fx.channels.places import SIZES
-from demp_fx.channels.system import Edge
 from demp_fx.passes.folds import indices
 from demp_fx.passes.plan import Gather, PruningPlan, Selection, Spread, Sum
 from demp_fx.passes.widths import Widths, along

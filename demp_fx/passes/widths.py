@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.channels.blocks import dim_masks, outer_to_inner, repeats_along
+from demp_fx.channels.constraints import Edge
 from demp_fx.channels.labels import varying
 from demp_fx.channels.solution import Solution
-from demp_fx.channels.system import Edge
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.sizes import Masks
 from demp_fx.trees import tensors_of
