@@ -23,6 +23,7 @@ from demp_fx.calls import LITERALS, called
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
+from demp_fx.channels.computed import numbers_in
 from demp_fx.channels.crops import Crops
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
@@ -308,8 +309,9 @@ class Walk(Layers):
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
         self.running = Running(
-            node, entered, self.graph, self.layers, self.env, self.given, self.made, self.real
-        )
+            node, entered, self.graph, self.layers, self.env, self.given, self.made, self.lent,
+            self.real,
+        )  # fmt: skip
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = self.joins = False
@@ -337,6 +339,10 @@ class Walk(Layers):
             if any(isinstance(t, Tensor) and not t.is_meta for t in given):
                 # the code made a tensor of its own: on meta, too
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
+            with self.real():
+                numbers = numbers_in(entered, self.graph, self.env)
+            if numbers:
+                return self._call(node, {**entered, **numbers})
             if not isinstance(error, IndexError):  # zeros would be indices that are there
                 with suppress(Exception):
                     out, reason = self._ran(run, args, kwargs), "it cannot be run on shapes alone"
