@@ -241,6 +241,37 @@ def test_a_convolution_whose_padding_depends_on_the_input_folds_no_constants() -
     torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
 
 
+class Frames(nn.Module):
+    """Keeps its stride and kernel in tensors, and pads up to whole frames."""
+
+    def __init__(self, wide: int, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(wide, channels, kernel, stride)
+        self.stride = nn.Buffer(torch.tensor(stride), persistent=False)
+        self.kernel = nn.Buffer(torch.tensor(kernel), persistent=False)
+        self.before = nn.Buffer(self.kernel - self.stride, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-1]
+        frames = torch.ceil((length - self.kernel + self.before) / self.stride + 1).long() - 1
+        behind = frames * self.stride + self.kernel - self.before - length
+        y: Tensor = self.conv(F.pad(x, (self.before, behind)))
+        return y
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7])
+def test_what_is_padded_may_be_worked_out_of_numbers_in_buffers(constant: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Frames(2, 8, 7, 1), nn.ReLU(), Frames(8, 6, 4, 4)).double().eval()
+    with torch.no_grad():
+        model[0].conv.weight[:5], model[0].conv.bias[:5] = 0, constant
+    narrow = demp_fx.compile(model, torch.randn(2, 2, 16, dtype=torch.float64)).module
+    for length in (16, 17, 32):  # the first one is whole frames
+        x = torch.randn(3, 2, length, dtype=torch.float64)
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+    assert narrow.get_submodule("2.conv").in_channels == (8 if constant else 3)
+
+
 def test_images_are_compared_that_no_window_divides() -> None:
     model = Windows(UP_TO_WINDOWS["pad"])
     wrong = Windows(lambda x: F.pad(x, (0, missing(x)), value=1.0))

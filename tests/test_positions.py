@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -38,3 +39,35 @@ def test_tokens_that_nobody_reads_are_as_many_as_the_input_has() -> None:
     assert narrow.get_parameter("out.weight").shape == (4, 4)
     others = (torch.randn(3, 7, 6).double(), torch.randn(3, 12, 6).double())
     torch.testing.assert_close(narrow(*others), model(*others), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_mask_of_the_samples_that_is_repeated_for_heads_has_no_channels(batch: int) -> None:
+    class Heads(nn.Module):
+        """Heads in the batch, and a mask of ones that is repeated for each of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.value, self.out = nn.Linear(5, 12), nn.Linear(12, 5)
+            with torch.no_grad():
+                self.value.weight[[0, 1, 2, 3, 5, 8]] = 0
+                self.value.bias[[0, 1, 2, 3, 5, 8]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            many, length = x.shape[:2]
+            mask = torch.ones(many, length, dtype=x.dtype)
+            for _ in range(2):
+                v = self.value(x).view(many, length, 3, 4).transpose(1, 2)
+                v = v.reshape(many * 3, length, 4)
+                each = mask.unsqueeze(1).repeat_interleave(3, dim=1).reshape(many * 3, length)
+                v = (v @ v.transpose(1, 2) * each[:, None, :]) @ v
+                x = x + self.out(v.reshape(many, 3, length, 4).transpose(1, 2).flatten(2))
+            return x
+
+    torch.manual_seed(0)
+    model = Heads().double()
+    x = torch.randn(batch, 7, 5, dtype=torch.float64)
+    narrow = demp_fx.compile(model, x, cuts="always").module
+    assert narrow.get_parameter("value.weight").shape == (6, 5)
+    x = torch.randn(3, 9, 5, dtype=torch.float64)
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

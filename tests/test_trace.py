@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import numbers
 import pickle
 import subprocess
@@ -1239,6 +1240,69 @@ def test_a_submodule_that_reads_numbers_stays_whole_and_a_model_is_refused(name:
         return
     with pytest.raises(TraceError, match="Move these lines into a submodule"):
         demp_fx.trace(Tail(READS[name]), X)
+
+
+PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "causal": lambda groups, b, q, k: k <= q,
+    "window": lambda groups, b, q, k: q.new_ones((), dtype=torch.bool) & (abs(q - k) < 2),
+    "groups": lambda groups, b, q, k: (groups[b, q] == groups[b, k]) | (k == 0),
+    "lengths": lambda groups, b, q, k: k <= groups.amax(1)[b] + (groups * 0).sum(),
+}
+
+
+class Pairs(nn.Module):
+    """Which token attends to which is said of two of them, and mapped over all."""
+
+    def __init__(self, attends: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.out, self.attends = nn.Linear(4, 8), nn.Linear(8, 4), attends
+
+    def forward(self, x: Tensor, groups: Tensor) -> Tensor:
+        attends: Any = functools.partial(self.attends, groups)
+        for dims in (None, None, 0), (None, 0, None), (0, None, None):
+            attends = torch.vmap(attends, in_dims=dims)
+        many, length = x.shape[:2]
+        mask = attends(torch.arange(many), torch.arange(length), torch.arange(length))
+        x = self.make(x)
+        x = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        result: Tensor = self.out(x)
+        return result
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_function_of_two_tokens_is_mapped_over_all(pairs: str) -> None:
+    model = Pairs(PAIRS[pairs]).double()
+    graph = demp_fx.trace(model, (torch.randn(2, 5, 4).double(), torch.arange(10).view(2, 5) // 2))
+    assert not graph.meta["demp_fx"].exported
+    x, groups = torch.randn(3, 6, 4).double(), torch.arange(18).view(3, 6) // 3 % 5
+    torch.testing.assert_close(graph(x, groups), model(x, groups), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda groups, b, q, k: groups[b].amax() >= k,  # takes all of a row
+        lambda groups, b, q, k: (groups.amax(0) > q + k).any(),
+        lambda groups, b, q, k: torch.stack([q, k]).amax() > b,
+    ],
+)
+def test_what_a_function_does_to_several_numbers_is_not_mapped(other: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Within(Pairs(other))).double()
+    graph = demp_fx.trace(model, torch.randn(2, 5, 4).double())
+    assert graph.meta["demp_fx"].exported or list(graph.meta["demp_fx"].opaque) == ["1.pairs"]
+    x = torch.randn(2, 5, 4).double()
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
+class Within(nn.Module):
+    def __init__(self, pairs: Pairs) -> None:
+        super().__init__()
+        self.pairs = pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.pairs(x, (x[..., 0] > 0).long())
+        return result
 
 
 def test_sizes_that_are_given_need_no_numbers() -> None:

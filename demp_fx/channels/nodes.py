@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from demp_fx.calls import LITERALS, called
+from demp_fx.channels.computed import numbers_in
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta
@@ -92,8 +93,9 @@ class Nodes(Layers):
         if node.target is operator.getitem and isinstance(args[0], Tensor):
             args = (args[0], _as_tensors(args[1]))
         self.running = Running(
-            node, entered, self.graph, self.layers, self.env, self.given, self.made, self.real
-        )
+            node, entered, self.graph, self.layers, self.env, self.given, self.made, self.lent,
+            self.real,
+        )  # fmt: skip
         self.moves = self.applied = 0
         self.unfit, self.shaped = [], []
         self.splits = self.opens = self.joins = False
@@ -121,6 +123,10 @@ class Nodes(Layers):
             if any(isinstance(t, Tensor) and not t.is_meta for t in given):
                 # the code made a tensor of its own: on meta, too
                 return self._call(node, {n: as_meta(v) for n, v in entered.items()})
+            with self.real():
+                numbers = numbers_in(entered, self.graph, self.env)
+            if numbers:
+                return self._call(node, {**entered, **numbers})
             if not isinstance(error, IndexError):  # zeros would be indices that are there
                 with suppress(Exception):
                     out, reason = self._ran(run, args, kwargs), "it cannot be run on shapes alone"

@@ -39,6 +39,7 @@ from demp_fx.tracing.functions import (
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.mapped import vmap_of_proxies
 from demp_fx.tracing.memo import is_made_anew
 from demp_fx.tracing.modes import kept_modes
 from demp_fx.tracing.module import left_out
@@ -131,7 +132,7 @@ class Tracer(Submodules):
             preserved(root.modules()), as_nodes(self), aten_as_nodes(self), attention_in_parts(),
             batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
-            items_as_nodes(self), kinds_of_devices(self),
+            items_as_nodes(self), kinds_of_devices(self), vmap_of_proxies(self),
         ):  # fmt: skip
             set_modes({**self.flags, **self.kept})
             if hears_gradients(root):

@@ -9,7 +9,7 @@ from demp_fx.channels.blanks import adopt, adopts, origin, stays_blank
 from demp_fx.channels.blocks import outer_to_inner, rows_of
 from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, varying
-from demp_fx.channels.rules.elementwise import constants
+from demp_fx.channels.rules.elementwise import PRODUCTS, constants
 from demp_fx.channels.rules.signs import never_positive, rectified
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
@@ -93,8 +93,22 @@ def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
                     covered.add(one)
             else:
                 walk.pin(call, label, "meets a value whose channels no parameter makes")
-                covered |= set() if all(tables) else {key} - made  # positions, and no channels
+                if not all(tables) and key not in made and not _names(walk, call, label):
+                    covered.add(key)  # positions, and no channels
     return tuple(label for key, label in merged.items() if key not in covered)
+
+
+def _names(walk: Stream, call: Call, label: Tensor) -> bool:
+    """Whether a label is that of a scale, whose zeros are then worth knowing: channels that no
+    parameter makes have its names. They stay, but whoever reads them may do without some."""
+    scales = call.op._schema.name in PRODUCTS and any(
+        tensor.numel() == label.numel()
+        and any(label.numel() == own.numel() for own in walk.value(tensor).labels)
+        and (id(tensor) in walk.names or walk.running.is_whole(tensor))
+        for tensor in call.tensors
+    )
+    walk.opens |= scales
+    return scales
 
 
 def _adopted(walk: Stream, call: Call, rank: int) -> None:
