@@ -213,3 +213,15 @@ def test_code_that_asks_for_the_device_gets_the_models() -> None:
 
     model, x = Asks(), torch.randn(3, 6)
     torch.testing.assert_close(demp_fx.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [bool, int, float, complex])
+def test_types_of_python_are_types_of_tensors(kind: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[1], device=x.device, dtype=kind)
+        return x * ones.to(kind).abs() if kind is not bool else x.masked_fill(~ones, 0)
+
+    model = Asks(function)
+    narrow = demp_fx.compile(model, X).module
+    assert narrow.get_parameter("read.weight").shape == (3, 3)
+    torch.testing.assert_close(narrow(X), model(X), rtol=1e-12, atol=1e-12)

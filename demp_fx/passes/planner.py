@@ -113,7 +113,8 @@ class _Planner:
         for grouping in self.walk.system.groupings:
             second = self.solution.kept(grouping.second)
             alive = second.any(1)
-            if bool(second.all()):
+            told = second.size(1) > 1 or bool(self.solution.kept(grouping.first).all())
+            if bool(second.all()) and told:  # else the layer takes each filter for a group
                 continue
             if grouping.consumer is not None:
                 filters = int(self.solution.kept(grouping.first)[alive][0].sum())
