@@ -312,6 +312,8 @@ class Tracer(Submodules):
             return _KINDS[a]
         if isinstance(a, np.generic):  # numpy's numbers are written in a way that needs its name
             return a.item()
+        if isinstance(a, np.ndarray):
+            return self.create_arg(torch.from_numpy(a.copy()))
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:
