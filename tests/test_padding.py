@@ -14,6 +14,7 @@ import demp_fx
 from demp_fx.channels.cuts import Cuts
 from demp_fx.errors import VerificationError
 from demp_fx.passes import verify
+from tests.zoo.kill import relative_error
 
 ALIKE = ([], [], [0, 1, 14, 15])  # what is dead behind the stem, in the branch and on the stream
 SOME = ([0, 1, 2], [1, 3, 5, 7], [0, 1, 4, 5, 6, 12, 13])
@@ -302,3 +303,42 @@ def test_maps_that_only_happen_to_fit_are_no_reason_to_refuse() -> None:
     result = demp_fx.compile(model, x, cuts="always")
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
     assert any("other sizes" in warning for warning in result.report.warnings)
+
+
+JOINED_ON: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda x: torch.cat([torch.zeros(x.shape[0], x.shape[1], 2, dtype=x.dtype), x], 2),
+    "new_zeros": lambda x: torch.cat([x.new_zeros(len(x), x.size(1), 2), x], -1),
+    "ones_like": lambda x: torch.cat([torch.ones_like(x[:, :, :2]), x], 2),
+    "stack": lambda x: torch.stack([x, torch.zeros(x.shape, dtype=x.dtype)], 3).flatten(2),
+}
+
+
+@pytest.mark.parametrize("name", JOINED_ON)
+def test_margins_that_are_joined_on_have_the_channels_of_what_they_are_joined_with(
+    name: str,
+) -> None:
+    """Time steps of zeros in front of a causal convolution, say."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8)
+            self.conv, self.head = nn.Conv1d(8, 8, 3), nn.Conv1d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(JOINED_ON[name](self.norm(self.stem(x)).relu()))
+            result: Tensor = self.head(x.relu())
+            return result
+
+    torch.manual_seed(0)
+    model = Causal().double().eval()
+    with torch.no_grad():
+        model.norm.weight[:4] = model.norm.bias[:4] = 0
+        model.conv.weight[4:] = model.conv.bias[4:] = 0
+    x = torch.randn(2, 3, 9).double()
+    narrow = demp_fx.compile(model, x[:1], cuts="always").module
+    assert relative_error(narrow(x), model(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), model.train()(x)) <= 1e-12
+    if name != "ones_like":  # of which the convolution reads all
+        assert narrow.get_parameter("stem.weight").size(0) == 4
+        assert narrow.get_parameter("conv.weight").shape == (4, 4, 3)

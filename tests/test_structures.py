@@ -332,6 +332,24 @@ def test_inputs_that_no_filter_of_their_group_hears_go(kind: Any) -> None:
     torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("inputs", "groups"), [(6, 6), (6, 3)])
+def test_filters_of_a_grouped_convolution_of_the_input_go(inputs: int, groups: int) -> None:
+    """Each group keeps its inputs, which no parameter makes, and as many filters as the others."""
+    torch.manual_seed(0)
+    first = nn.Conv1d(inputs, 24, 3, groups=groups)
+    net = nn.Sequential(first, nn.BatchNorm1d(24), nn.ReLU(), nn.Conv1d(24, 2, 1)).double()
+    each = 24 // groups
+    dead = [group * each + k for group in range(groups) for k in range(each // 2 + group % 2)]
+    with torch.no_grad():
+        net[1].weight[dead] = net[1].bias[dead] = 0
+    x = torch.randn(4, inputs, 9).double()
+    narrow = demp_fx.compile(net.eval(), x, cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").shape == (12, inputs // groups, 3)
+    assert narrow.get_parameter("3.weight").size(1) == 24 - len(dead)
+
+
 def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
     class Grouped(nn.Module):
         """Each group loses an input and a filter, and not the same ones."""

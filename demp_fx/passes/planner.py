@@ -88,7 +88,8 @@ def _regroup(plan: PruningPlan, widths: Widths) -> None:
     for grouping in walk.system.groupings:
         second = kept(grouping.second)
         alive = second.any(1)
-        if bool(second.all()):
+        told = second.size(1) > 1 or bool(kept(grouping.first).all())
+        if bool(second.all()) and told:  # else the layer takes each filter for a group
             continue
         if grouping.consumer is not None:
             filters = int(kept(grouping.first)[alive][0].sum())

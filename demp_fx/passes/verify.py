@@ -155,7 +155,7 @@ def _decides_by_sizes(
     than the example."""
 
     def goes(trial: Inputs | None, odd: bool) -> bool | None:
-        return _goes_another_way(original, narrow, traced, trial, precision, tolerance, odd)
+        return _goes_another_way(original, narrow, traced, inputs, trial, precision, tolerance, odd)
 
     images = goes(resized(inputs, odd=True), odd=True)
     if images is not False:
@@ -165,13 +165,14 @@ def _decides_by_sizes(
 
 
 def _goes_another_way(
-    original: nn.Module, narrow: nn.Module, traced: nn.Module | None, trial: Inputs | None,
-    precision: Precision, tolerance: float, odd: bool,
+    original: nn.Module, narrow: nn.Module, traced: nn.Module | None, inputs: Inputs,
+    trial: Inputs | None, precision: Precision, tolerance: float, odd: bool,
 ) -> bool | None:  # fmt: skip
     """Whether the original's code decides by sizes, so that neither the traced nor the narrow
-    module follow it on a `trial` of another size; None where it does not take that.
-    Raises `VerificationError` where the narrow one alone does not follow; but it may refuse `odd`
-    sizes, at which some networks add up maps that only happen to fit."""
+    module follow it on a `trial` of another size; None where it does not take that, or takes it
+    for another number of samples (`x.view(-1, 512)` fits by chance, and mixes them). Raises
+    `VerificationError` where the narrow one alone does not follow; but it may refuse `odd` sizes,
+    at which some networks add up maps that only happen to fit."""
     if trial is None:
         return None
     try:
@@ -187,11 +188,20 @@ def _goes_another_way(
         return True
     if odd and failure is not None:
         return True
+    usual = run(original, inputs, False, precision)
+    if _one_each(usual, inputs) and not _one_each(expected, trial):
+        return None
     sizes = [tuple(t.shape) for t in trial.tensors]
     raise VerificationError(
         f"on inputs of shape {sizes} the narrow module differs from the original by {error:.1e} "
         f"({failure or 'relative, float64'}); nothing was handed over"
     )
+
+
+def _one_each(outputs: Any, inputs: Inputs) -> bool:
+    """Whether all outputs hold as many samples as the inputs do."""
+    batch = inputs.tensors[0].shape[:1]
+    return all(t.shape[:1] == batch for t in tensors_of(outputs))
 
 
 def _error(

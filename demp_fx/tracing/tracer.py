@@ -78,6 +78,8 @@ _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdi
 PLAIN_SIZES = ("einx",)
 # What takes an item out of a tuple, list or dict.
 _ITEMS = {operator.getitem, "get", "pop"}
+# Types of Python that torch takes for those of tensors.
+_KINDS = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 # Arguments of these types are in the graph as they are.
 _LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
@@ -307,8 +309,12 @@ class Tracer(Submodules):
         kind = type(a)
         if kind in _LITERALS:
             return a
+        if kind is type and a in _KINDS:  # `torch.ones(4, dtype=bool)`
+            return _KINDS[a]
         if isinstance(a, np.generic):  # numpy's numbers are written in a way that needs its name
             return a.item()
+        if isinstance(a, np.ndarray):
+            return self.create_arg(torch.from_numpy(a.copy()))
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:

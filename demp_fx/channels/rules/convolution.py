@@ -34,7 +34,12 @@ def convolution(walk: Stream, call: Call) -> None:
         aside = _set_aside(walk, call)
     if groups == 1:
         dense(walk, call)
-    elif groups == x.size(1) and weight.size(1) == 1 and not transposed:
+    elif (
+        groups == x.size(1)
+        and weight.size(1) == 1
+        and not transposed
+        and (groups == weight.size(0) or any(1 in varying(label) for label in value.labels))
+    ):
         depthwise(walk, call)
     else:
         grouped(walk, call)
@@ -181,6 +186,9 @@ def grouped(walk: Stream, call: Call) -> None:
     walk.system.multiply(macs, *walk.value(x).labels, *walk.value(weight).labels)
     source = Operand(x, "bi").single(walk, "i")
     filters = Operand(weight, "o").single(walk, "o")
+    if source is None and not any(1 in varying(label) for label in walk.value(x).labels):
+        source = walk.system.fresh(call.site.node, -1, x.size(1)).atoms  # for as long as it is here
+        walk.pin(call, source, "grouped convolution of channels that no parameter makes")
     name, consumer = walk.name_of(weight), None
     if name is None:  # a weight that is computed: what a filter loses is taken out on the way
         name, consumer = walk.maker(weight), call.site.node

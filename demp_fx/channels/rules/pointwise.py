@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def _stays_blank(walk: Stream, call: Call, out: Tensor) -> None:
 def aligned(walk: Stream, call: Call, out: Tensor) -> Labels:
     """The labels of the result of an elementwise op, every operand's tied to them."""
     rank = out.dim()
-    _adopted(walk, call, rank)
+    adopted(walk, call.tensors, rank)
     operands = [(t, walk.value(t).labels) for t in call.tensors]
     merged: dict[tuple[int, ...], Tensor] = {}
     made: set[tuple[int, ...]] = set()  # by something else than a table of the model's
@@ -111,17 +113,18 @@ def _names(walk: Stream, call: Call, label: Tensor) -> bool:
     return scales
 
 
-def _adopted(walk: Stream, call: Call, rank: int) -> None:
+def adopted(walk: Stream, operands: Sequence[Tensor], rank: int, aside: int | None = None) -> None:
     """Where an operand holds the same along an axis for as many channels as it meets (a constant,
-    or what was expanded), it takes their labels."""
-    if not any(walk.value(tensor).blank for tensor in call.tensors):
+    or what was expanded), it takes their labels; but none on the dim `aside`."""
+    if not any(walk.value(tensor).blank for tensor in operands):
         return
     found = {
         varying(label): label
-        for tensor in call.tensors
+        for tensor in operands
         for label in (_aligned(x, rank) for x in walk.value(tensor).labels)
+        if aside is None or aside not in varying(label)
     }
-    for tensor in call.tensors:
+    for tensor in operands:
         value, lead = walk.value(tensor), rank - tensor.dim()
         own = {d for label in value.labels for d in varying(label)}
         flat = {d + lead for d in value.blank - own if tensor.size(d) > 1}
