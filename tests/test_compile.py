@@ -511,7 +511,7 @@ class Chaotic(nn.Module):
 
 def test_what_a_network_makes_of_rounding_is_no_error() -> None:
     torch.manual_seed(0)
-    model, x = Chaotic(26), torch.randn(64, 6, dtype=torch.float64)
+    model, x = Chaotic(26), torch.randn(1, 64, 6, dtype=torch.float64)
     result = demp_fx.compile(model, x)
     found = result.report.verification
     assert found is not None
