@@ -33,7 +33,7 @@ def verify(
 ) -> Verification:  # fmt: skip
     """Compare two modules on `example_inputs` (or a calibration batch).
 
-    Unless something was only `observed` on data, fresh inputs of another batch size are tried too;
+    Unless something was only `observed` on data, fresh inputs of another batch size are tried;
     where the `traced` original does not follow the original there, the example inputs alone count.
     A second call follows where the first one changes what the original keeps; it counts where the
     `traced` one keeps it as well.
@@ -46,10 +46,11 @@ def verify(
         rounding = _rounding(narrow)
         made = [rounding] * folded + [torch.finfo(t.dtype).eps for t in _made(original, narrow)]
         tolerance = max(TOLERANCE, FOLDED * max(made, default=0.0))
-        pair = _Pair(original, narrow, traced, inputs, rounding, tolerance)
-        trials = [inputs] if observed else [fresh(inputs), inputs]
+        pair = _Pair(original, narrow, traced, inputs, observed, rounding, tolerance)
+        trials = [few(inputs) if observed else fresh(inputs), inputs]
         evaluated = pair.compare(False, trials)
-        trained = pair.compare(True, trials) if train else None
+        # what was observed holds for the statistics of the whole batch
+        trained = pair.compare(True, [inputs] if observed else trials) if train else None
         if evaluated is None and trained is None:
             raise VerificationError(
                 "the original runs on none of these inputs, and nothing was compared: "
@@ -73,7 +74,8 @@ def verify(
 class _Pair:
     """The original and the narrow module, compared on one trial after another.
 
-    `rounding`: a unit of it, in the dtype of the parameters. `tolerance` grows with what rounding
+    `observed`: something is known of `inputs` alone. `rounding`: a unit of it, in the dtype of the
+    parameters. `tolerance` grows with what rounding
     is found to do. `batch`, `fixed`, `forgets`: see `Verification`. `refusal`: why the original
     does not run on a trial.
     """
@@ -82,6 +84,7 @@ class _Pair:
     narrow: nn.Module
     traced: nn.Module | None
     inputs: Inputs
+    observed: bool
     rounding: float
     tolerance: float
     batch: int = 0
@@ -106,6 +109,8 @@ class _Pair:
                 self.tolerance = max(self.tolerance, ROUGH * self.rounding)
             given, error, failure = self._error(given)
             if not error <= self.tolerance:
+                if self.observed and trial is not self.inputs:
+                    continue  # samples may depend on those beside them
                 if training != self.narrow.training and followed_mode(self.narrow):
                     return None  # there the original goes another way, which the trace has noted
                 if trial is not self.inputs and not self._is_followed(given):
