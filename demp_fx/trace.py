@@ -26,6 +26,7 @@ from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.states import as_buffers
 from demp_fx.tracing.tracer import Tracer
 from demp_fx.tracing.values import in_mode, named_state
+from demp_fx.turns import in_turn
 
 # Attributes of a graph module that parts of a model would have to share a name with.
 RESERVED = {*dir(TracedModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
@@ -56,6 +57,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     return module
 
 
+@in_turn
 def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     """What `trace` returns, for the use of its graph: see `draft`."""
     inputs = Inputs.of(example_inputs)

@@ -23,6 +23,7 @@ from demp_fx.passes.narrow import narrow
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
 from demp_fx.passes.resize import ROWS, MisfitError
+from demp_fx.turns import in_turn
 
 _NOTHING = Asked()
 
@@ -54,6 +55,7 @@ def make_plan(
     return fit(graph, walk(graph, observed), cuts, Asked(keep, round_to)).plan
 
 
+@in_turn
 def fit(
     graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays", asked: Asked = _NOTHING
 ) -> Planned:

@@ -21,6 +21,7 @@ from demp_fx.passes.trials import fresh, resized, shortened
 from demp_fx.tracing.memo import forgotten
 from demp_fx.tracing.preserve import CONSTANT, TABLES
 from demp_fx.trees import tensors_of
+from demp_fx.turns import in_turn
 
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
 FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
@@ -30,6 +31,7 @@ AMPLIFIED = 8  # so often as far as the original moves then the narrow module ma
 LOOSEST = 1e-5  # but no farther than that
 
 
+@in_turn
 def verify(
     original: nn.Module, narrow: nn.Module, example_inputs: ExampleInputs, *,
     observed: bool = False, train: bool = True, folded: bool = False,
@@ -141,7 +143,7 @@ def _compare(
     if False in ways and not (observed or fixed):
         sized = _decides_by_sizes(original, narrow, traced, inputs, ways[False], tolerance)
     return Verification(
-        eval_error=math.nan if errors[False] is None else errors[False],
+        eval_error=errors[False],
         train_error=errors.get(True), tolerance=tolerance, batch=batch, fixed=fixed, sized=sized,
         forgets=forgets,
     )  # fmt: skip
