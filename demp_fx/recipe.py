@@ -27,7 +27,7 @@ Measure = Literal["macs", "params", "channels"]
 class Config(BaseModel):
     """A part of a recipe. Unknown fields are errors, and errors name the field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> Self:
