@@ -115,9 +115,8 @@ def compile(
         with clock("verify"):
             train = samples == 0 or optimizer is not None or model.training
             report.verification = verify_pass(
-                model, module, probe, observed=samples > 0, train=train,
-                folded=bool(plan.folds) or any(s.shift for s in plan.sums), traced=graph,
-            )  # fmt: skip
+                model, module, probe, observed=samples > 0, train=train, traced=graph
+            )
         decided = [f"; {a}" for a in report.assumptions if a.endswith("inputs' sizes")]
         if report.verification.fixed:
             report.warnings.append(

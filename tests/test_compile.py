@@ -908,3 +908,15 @@ def test_what_is_no_plan_or_report_is_refused(kind: Any, tmp_path: Path) -> None
     for name in ("gone", "binary", "other"):
         with pytest.raises(UsageError):
             kind.load(tmp_path / name)
+
+
+def test_passes_know_that_constants_are_rounded_to_single_precision() -> None:
+    model = Net(padding=0, bias=True).to(torch.float32).eval()
+    silence(model.norm1, [1, 4], shift=0.7)
+    x = torch.randn(2, 3, 8, 8)
+    graph = demp_fx.trace(model, x)
+    plan = make_plan(graph)
+    assert plan.rounds
+    found = verify(model, narrow(graph, plan), x)
+    assert found.eval_error is not None
+    assert found.eval_error <= found.tolerance < 1e-5

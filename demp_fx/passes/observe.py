@@ -20,7 +20,7 @@ from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.passes.still import Still
 from demp_fx.tracing.source import first_line
-from demp_fx.turns import in_turn
+from demp_fx.turns import default_device, in_turn
 
 _GROUPS = (tuple, list, Mapping)
 
@@ -111,7 +111,8 @@ def samples_in(inputs: Inputs) -> int:
 def taken(inputs: Inputs) -> Iterator[None]:
     """Meanwhile what goes wrong is said of these `inputs`."""
     try:
-        yield
+        with default_device():
+            yield
     except Exception as error:
         shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs.tensors)
         raise UsageError(

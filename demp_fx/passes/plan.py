@@ -165,6 +165,11 @@ class PruningPlan(_Data):
     folds: list[Folding] = []
     shapes: dict[str, list[int]] = {}
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes numbers anew, which are rounded to the dtype of the parameters."""
+        return bool(self.folds) or any(s.shift for s in self.sums)
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
 from demp_fx.passes.calls import Precision, run, runs
+from demp_fx.passes.narrow import ROUNDED
 from demp_fx.passes.outcome import Verification
 from demp_fx.passes.trials import fresh, resized, shortened
 from demp_fx.tracing.memo import forgotten
@@ -34,8 +35,7 @@ LOOSEST = 1e-5  # but no farther than that
 @in_turn
 def verify(
     original: nn.Module, narrow: nn.Module, example_inputs: ExampleInputs, *,
-    observed: bool = False, train: bool = True, folded: bool = False,
-    traced: nn.Module | None = None,
+    observed: bool = False, train: bool = True, traced: nn.Module | None = None,
 ) -> Verification:  # fmt: skip
     """Compare two modules on `example_inputs` (or a calibration batch).
 
@@ -43,18 +43,18 @@ def verify(
     where the `traced` original does not follow the original there, the example inputs alone count.
     A second call follows where the first one changes what the original keeps; it counts where the
     `traced` one keeps it as well.
-    `folded`: parameters were computed anew, and are rounded to their dtype. Raises
-    `VerificationError` where the two differ by more than the tolerance. Neither is changed.
+    Raises `VerificationError` where the two differ by more than the tolerance, which is larger
+    where parameters of `narrow` were computed anew and rounded. Neither is changed.
     """
     notes = getattr(narrow, "meta", {}).get("demp_fx")
     with forgotten(original, notes.memos if notes else ()):
         inputs = Inputs.of(example_inputs)
-        return _compare(original, narrow, inputs, observed, train, folded, traced)
+        return _compare(original, narrow, inputs, observed, train, traced)
 
 
 def _compare(
     original: nn.Module, narrow: nn.Module, inputs: Inputs, observed: bool, train: bool,
-    folded: bool, traced: nn.Module | None,
+    traced: nn.Module | None,
 ) -> Verification:  # fmt: skip
     coarse = max((torch.finfo(p.dtype).eps for p in narrow.parameters()
                   if p.is_floating_point()), default=0.0)  # fmt: skip
@@ -62,6 +62,7 @@ def _compare(
     made = [t for name, t in narrow.named_buffers() if CONSTANT in name]
     # and what it keeps of earlier calls, for each size, is made at each call
     made += [t for m in original.modules() for t in _cached(m)]
+    folded = getattr(narrow, "meta", {}).get(ROUNDED, False)
     rounded = [coarse] * folded + [torch.finfo(t.dtype).eps for t in made if _is_real(t)]
     tolerance = max(TOLERANCE, FOLDED * max(rounded, default=0.0))
     trials = [inputs] if observed else [fresh(inputs, extra=1), inputs]
