@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -870,3 +871,86 @@ def test_a_parametrized_layer_is_not_touched_by_looking_at_it() -> None:
     demp_fx.compile(net, torch.randn(4, 6))
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# -- what is asked for, and what is said ---------------------------------------------------------
+
+
+def test_a_parameter_keeps_its_class_and_what_was_noted_on_it() -> None:
+    class Scale(nn.Parameter):
+        pass
+
+    model = Net().eval()
+    silence(model.norm1, [0, 1, 2])
+    model.conv1.weight.no_decay = True  # type: ignore[attr-defined]
+    model.norm1.weight = Scale(model.norm1.weight.detach())
+    module = demp_fx.compile(model, image(2, 3, 8, 8)).module
+    weight, scale = module.get_parameter("conv1.weight"), module.get_parameter("norm1.weight")
+    assert weight.shape[0] == 5
+    assert weight.no_decay  # type: ignore[attr-defined]
+    assert isinstance(scale, Scale)
+    assert scale.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cuts": "sometimes"}, "cuts: one of pays, always, never"),
+        ({"round_to": 2.5}, "round_to: .* 2.5"),
+        ({"optimizer": "adam"}, "one of torch.optim's"),
+        ({"optimizer": torch.optim.SGD(Net().parameters(), 0.1)}, "it is of another one"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        demp_fx.compile(Net(), image(2, 3, 8, 8), **options)
+
+
+def test_analysis_asks_for_a_traced_graph() -> None:
+    with pytest.raises(UsageError, match=r"demp_fx\.trace"):
+        demp_fx.analyze(Net())  # type: ignore[arg-type]
+
+
+def test_a_model_without_parameters_is_not_sparse() -> None:
+    report = demp_fx.compile(nn.ReLU(), image(2, 3)).report
+    assert report.param_sparsity == report.channel_sparsity == 0.0
+
+
+class TrainsOnly(Net):
+    """Its forward refuses eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("for training only")
+        return super().forward(x)
+
+
+def test_a_report_goes_to_json_and_back(tmp_path: Path) -> None:
+    report = demp_fx.compile(TrainsOnly().train(), image(2, 3, 8, 8)).report
+    assert report.verification is not None
+    assert report.verification.eval_error is None
+    assert report.verification.errors.endswith("in train mode")
+    assert demp_fx.CompileReport.from_json(report.to_json()) == report
+    report.save(tmp_path / "report.json")
+    assert demp_fx.CompileReport.load(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize("kind", [demp_fx.PruningPlan, demp_fx.CompileReport])
+def test_what_is_no_plan_or_report_is_refused(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "other").write_text('{"version": 2}')
+    for name in ("gone", "binary", "other"):
+        with pytest.raises(UsageError):
+            kind.load(tmp_path / name)
+
+
+def test_passes_know_that_constants_are_rounded_to_single_precision() -> None:
+    model = Net(padding=0, bias=True).to(torch.float32).eval()
+    silence(model.norm1, [1, 4], shift=0.7)
+    x = torch.randn(2, 3, 8, 8)
+    graph = demp_fx.trace(model, x)
+    plan = make_plan(graph)
+    assert plan.rounds
+    found = verify(model, narrow(graph, plan), x)
+    assert found.eval_error is not None
+    assert found.eval_error <= found.tolerance < 1e-5

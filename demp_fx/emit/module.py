@@ -88,7 +88,7 @@ def source(module: GraphModule) -> str:
             imports.add(_IMPORTS[constant])
     text = (
         _HEAD.format(
-            name=name, imports="\n".join(sorted(imports, key=lambda line: line.split()[1]))
+            name=name, imports="\n".join(sorted(imports, key=lambda line: (line.split()[1], line)))
         )
         + unpack
         + tree

@@ -27,7 +27,7 @@ class Asked:
     def __post_init__(self) -> None:
         if isinstance(self.keep, str):
             object.__setattr__(self, "keep", [self.keep])
-        if self.round_to < 1:
+        if not isinstance(self.round_to, int) or self.round_to < 1:
             raise UsageError(f"round_to: widths cannot be multiples of {self.round_to}")
 
     def pin_layers(self, walk: Walk) -> None:

@@ -25,6 +25,7 @@ from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
 from demp_fx.passes.resize import ROWS
 from demp_fx.passes.sizes import MisfitError
+from demp_fx.turns import in_turn
 
 _NOTHING = Asked()
 
@@ -56,6 +57,7 @@ def make_plan(
     return fit(graph, walk(graph, observed), cuts, Asked(keep, round_to)).plan
 
 
+@in_turn
 def fit(
     graph: fx.GraphModule, walked: Walk, cuts: Cuts = "pays", asked: Asked = _NOTHING
 ) -> Planned:

@@ -5,7 +5,6 @@ Where a kernel of the original knows no float64, both run in the dtype that they
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import ExampleInputs, Inputs
+from demp_fx.passes.narrow import ROUNDED
 from demp_fx.passes.other_sizes import OtherSizes
 from demp_fx.passes.outcome import Verification
 from demp_fx.passes.sides import LOOSEST, Run, run_of
@@ -20,16 +20,17 @@ from demp_fx.passes.trials import few, fresh
 from demp_fx.tracing.memo import forgotten
 from demp_fx.tracing.preserve import CONSTANT, TABLES
 from demp_fx.trees import tensors_of
+from demp_fx.turns import in_turn
 
 TOLERANCE = 1e-9  # relative, in float64; rounding alone stays below 1e-12
 FOLDED = 16  # units of rounding of the parameters' own dtype, where constants were folded into them
 ROUGH = 1000  # such units, where all is computed in that dtype
 
 
+@in_turn
 def verify(
     original: nn.Module, narrow: nn.Module, example_inputs: ExampleInputs, *,
-    observed: bool = False, train: bool = True, folded: bool = False,
-    traced: nn.Module | None = None,
+    observed: bool = False, train: bool = True, traced: nn.Module | None = None,
 ) -> Verification:  # fmt: skip
     """Compare two modules on `example_inputs` (or a calibration batch).
 
@@ -37,13 +38,14 @@ def verify(
     where the `traced` original does not follow the original there, the example inputs alone count.
     A second call follows where the first one changes what the original keeps; it counts where the
     `traced` one keeps it as well.
-    `folded`: parameters were computed anew, and are rounded to their dtype. Raises
-    `VerificationError` where the two differ by more than the tolerance. Neither is changed.
+    Raises `VerificationError` where the two differ by more than the tolerance, which is larger
+    where parameters of `narrow` were computed anew and rounded. Neither is changed.
     """
     inputs = Inputs.of(example_inputs)
     notes = getattr(narrow, "meta", {}).get("demp_fx")
     with forgotten(original, notes.memos if notes else ()):
         rounding = _rounding(narrow)
+        folded = getattr(narrow, "meta", {}).get(ROUNDED, False)
         made = [rounding] * folded + [torch.finfo(t.dtype).eps for t in _made(original, narrow)]
         tolerance = max(TOLERANCE, FOLDED * max(made, default=0.0))
         pair = _Pair(original, narrow, traced, inputs, observed, rounding, tolerance)
@@ -63,7 +65,7 @@ def verify(
             others = OtherSizes(original, narrow, traced, example, given.precision, pair.tolerance)
             sized = others.decide()
     return Verification(
-        eval_error=math.nan if evaluated is None else evaluated[0],
+        eval_error=None if evaluated is None else evaluated[0],
         train_error=None if trained is None else trained[0],
         tolerance=pair.tolerance, batch=pair.batch, fixed=pair.fixed, sized=sized,
         forgets=pair.forgets,
