@@ -166,6 +166,7 @@ class Walk(Layers):
             return None  # the walk has no gradients, and shapes no precision
         if node.op == "call_module" and (reason := self._whole(str(node.target))):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+            self._pin(self._shared(self.layers[str(node.target)]), reason)
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._dry_run(node)
@@ -372,6 +373,16 @@ class Walk(Layers):
     def _whole(self, name: str) -> str:
         """Why a submodule is not looked into, if it is not."""
         return "it goes into a module that could not be traced" if name in self.opaque else ""
+
+    def _shared(self, module: nn.Module) -> list[Tensor]:
+        """The tensors of a module that is not looked into which others read, too."""
+        own = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        inside = set(module.modules())
+        nodes = self.graph.graph.find_nodes(op="get_attr")
+        read = [operator.attrgetter(str(n.target))(self.graph) for n in nodes]
+        for m in self.layers.values():
+            read += () if m in inside else (*m._parameters.values(), *m._buffers.values())
+        return [own[id(t)] for t in read if id(t) in own]
 
     def _output(self, node: fx.Node) -> None:
         """What the network returns keeps all of its channels. Those of a value that others read,
