@@ -22,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Variable
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 from torch.func import functional_call
 
 import demp_fx
@@ -1305,6 +1311,30 @@ class Within(nn.Module):
         return result
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_tensors_of_the_code_take_sizes_of_the_input(listed: bool) -> None:
+    class Placed(nn.Module):
+        """Positions that are in no buffer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            table = torch.randn(1, 12, 4, dtype=torch.float64)
+            self.tables = [table] if listed else table
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.tables[0] if listed else self.tables
+            table = table.narrow(1, 0, x.shape[1])
+            result: Tensor = self.layer(x) + table.expand(x.shape[0], -1, -1)
+            return result
+
+    model = Placed().double()
+    graph = demp_fx.trace(model, torch.randn(2, 5, 4).double())
+    assert not graph.meta["demp_fx"].exported
+    x = torch.randn(3, 7, 4).double()
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
 def test_sizes_that_are_given_need_no_numbers() -> None:
     def sized(x: Tensor) -> Tensor:
         repeats = torch.tensor([1, 2] * 3)
@@ -1322,6 +1352,9 @@ SAMPLES: dict[str, Any] = {
     "samples": lambda x: Normal(x, x.exp()).rsample((3,)),
     "entropy": lambda x: Categorical(logits=x).entropy(),
     "divergence": lambda x: kl_divergence(Normal(x, x.exp()), Normal(x * 0, x * 0 + 1)),
+    "transformed": lambda x: TransformedDistribution(
+        Normal(x, x.exp()), [AffineTransform(x.mean(1, keepdim=True), 2.0)]
+    ).log_prob(x),
 }
 
 
