@@ -1311,6 +1311,42 @@ class Within(nn.Module):
         return result
 
 
+class Steps(nn.Module):
+    """Keeps its stride in a buffer, and goes by it."""
+
+    def __init__(self, persistent: bool = False, counts: bool = False) -> None:
+        super().__init__()
+        self.layer, self.counts = nn.Linear(4, 4), counts
+        self.register_buffer("stride", torch.tensor(2), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.stride.add_(1)
+        behind = torch.ceil(x.shape[1] / self.stride).long() * self.stride - x.shape[1]
+        if max(behind, self.stride) > 2:
+            x = x.flip(1)
+        x = F.pad(x, (0, 0, 0, behind))
+        result: Tensor = self.layer(x[:, 1:] if x.shape[1] > 6 else x)
+        return result
+
+
+def test_whole_numbers_in_buffers_that_no_checkpoint_has_are_the_codes() -> None:
+    model = Steps().double()
+    graph = demp_fx.trace(model, torch.randn(2, 7, 4).double())
+    notes = graph.meta["demp_fx"]
+    assert not notes.exported
+    assert any("if max(behind, self.stride) > 2" in note for note in notes.baked)
+    for length in (7, 8, 11):
+        x = torch.randn(3, length, 4).double()
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", [{"persistent": True}, {"counts": True}])
+def test_what_a_checkpoint_or_the_code_changes_is_data(how: dict[str, bool]) -> None:
+    with pytest.raises(TraceError, match="depends on the values in a tensor"):
+        demp_fx.trace(Steps(**how).double(), torch.randn(2, 7, 4).double())
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_tensors_of_the_code_take_sizes_of_the_input(listed: bool) -> None:
     class Placed(nn.Module):
