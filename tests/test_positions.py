@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import demp_fx
 
@@ -71,3 +72,32 @@ def test_a_mask_of_the_samples_that_is_repeated_for_heads_has_no_channels(batch:
     assert narrow.get_parameter("value.weight").shape == (6, 5)
     x = torch.randn(3, 9, 5, dtype=torch.float64)
     torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_of_positions_is_as_large_as_the_image() -> None:
+    """It is resized, and flattened: its places are no channels that somebody may do without."""
+
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.places = nn.Parameter(torch.randn(1, 8, 10, 10))
+            self.first, self.out = nn.Parameter(torch.randn(1, 3, 8)), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            size = x.shape[2] // 4, x.shape[3] // 4
+            places = F.interpolate(self.places, size=size, mode="bilinear")
+            x = self.patch(x).flatten(2).mT + places.flatten(2).mT
+            x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1)
+            x = x + self.mix(x).relu()
+            return self.out(x[:, :2]), self.out(x[:, 3:])
+
+    torch.manual_seed(0)
+    model = Image().double()
+    with torch.no_grad():
+        model.out.weight[:, :4] = 0
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 16, 16).double(), cuts="always").module
+    assert narrow.get_parameter("out.weight").shape == (5, 4)
+    for height, width in (16, 16), (8, 24):
+        x = torch.randn(2, 3, height, width).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -26,7 +27,8 @@ def computed(
     """
     if node not in known:
         if node in sizes and not tensors_of(sizes[node]):
-            return sizes[node]
+            meta = isinstance(sizes[node], torch.device)  # where there are no numbers
+            return torch.device("cpu") if meta else sizes[node]
         if node.op == "placeholder":
             raise ValueError(f"{node.name} is an input")
         for n in node.all_input_nodes:

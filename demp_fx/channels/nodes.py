@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -156,6 +156,16 @@ class Nodes(Layers):
     def _whole(self, name: str) -> str:
         """Why a submodule is not looked into, if it is not."""
         return "it goes into a module that could not be traced" if name in self.opaque else ""
+
+    def _shared(self, module: nn.Module) -> list[Tensor]:
+        """The tensors of a module that is not looked into which others read, too."""
+        own = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        inside = set(module.modules())
+        nodes = self.graph.graph.find_nodes(op="get_attr")
+        read = [operator.attrgetter(str(n.target))(self.graph) for n in nodes]
+        for m in self.layers.values():
+            read += () if m in inside else (*m._parameters.values(), *m._buffers.values())
+        return [own[id(t)] for t in read if id(t) in own]
 
 
 def _writable(tree: Any) -> Any:

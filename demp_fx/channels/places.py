@@ -89,10 +89,13 @@ class Places(Stream):
         if value.data is not None or value.blank or not _holds_numbers(tensor):
             return
         labels, site = list(value.labels), Site(str(n.op), n.name, n.meta.get("source"))
+        lent = self.lent.get(n, set())
+        areas = {a * b for a in lent for b in lent}
+        lent = lent | areas | {area * size for area in areas for size in lent}  # flattened
         for d, size in enumerate(tensor.shape):
             there = [x for x in labels if d in varying(x)]
             mixed = [x for x in there if varying(x) == (d,)] if merge else []
-            if size > 1 and (len(mixed) > 1 if there else size not in self.lent.get(n, ())):
+            if size > 1 and (len(mixed) > 1 if there else size not in lent):
                 atoms = self.system.fresh(n.name, -1, size).atoms
                 for x in (*mixed, atoms):
                     self.system.pin(x, "is computed of all of its channels", site)

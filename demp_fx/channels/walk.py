@@ -128,6 +128,7 @@ class Walk(Nodes):
             return None  # the walk has no gradients, and shapes no precision
         if node.op == "call_module" and (reason := self._whole(str(node.target))):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+            self._pin(self._shared(self.layers[str(node.target)]), reason)
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._dry_run(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -102,6 +103,42 @@ def aten_as_nodes(tracer: Any) -> Iterator[None]:
             draws = {n: _drawn(tracer, f) for n, f in mine.items() if n in DRAWS}
             table.update(mine | draws)
         yield
+
+
+# What a tensor is told sizes or places for, which its own code wants as numbers.
+_SIZED = ("expand", "view", "reshape", "repeat", "tile", "narrow", "select", "roll", "unflatten",
+          "new_zeros", "new_ones", "new_full", "new_empty")  # fmt: skip
+
+
+def _told(name: str) -> Callable[..., Any]:
+    """A method of tensors that is a node where it is told a proxy (as any method of a proxy is)."""
+    method = getattr(torch.Tensor, name)
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        proxy = proxy_in((*args, *kwargs.values()))
+        if proxy is None:
+            return method(self, *args, **kwargs)
+        return proxy.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    return call
+
+
+@contextmanager
+def methods_as_nodes() -> Iterator[None]:
+    """Meanwhile the methods of the code's own tensors take proxies for sizes."""
+    kind: Any = torch.Tensor
+    before = {name: vars(kind).get(name) for name in _SIZED}
+    for name in _SIZED:
+        setattr(kind, name, _told(name))
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, method)
 
 
 @contextmanager
@@ -228,10 +265,20 @@ def distributions_of_proxies() -> Iterator[None]:
     def extended(self: Any, sample_shape: Iterable[Any] = ()) -> tuple[Any, ...]:
         return (*sample_shape, *self._batch_shape, *self._event_shape)
 
+    def broadcast(*shapes: Any) -> Any:
+        if proxy_in(shapes) is None:
+            return together(*shapes)
+        backwards = itertools.zip_longest(*(tuple(shape)[::-1] for shape in shapes), fillvalue=1)
+        return tuple(next((n for n in sizes if n != 1), 1) for sizes in backwards)[::-1]
+
     kind: Any = Distribution
     checks, shape = kind._validate_args, kind._extended_shape
+    home: Any = torch
+    together = home.broadcast_shapes
     kind._validate_args, kind._extended_shape = False, extended
+    home.broadcast_shapes = broadcast
     try:
         yield
     finally:
         kind._validate_args, kind._extended_shape = checks, shape
+        home.broadcast_shapes = together

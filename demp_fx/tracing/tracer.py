@@ -35,6 +35,7 @@ from demp_fx.tracing.functions import (
     checks_of_proxies,
     distributions_of_proxies,
     kinds_of_devices,
+    methods_as_nodes,
     scripts_as_python,
     variables_of_proxies,
 )
@@ -130,6 +131,7 @@ class Tracer(Submodules):
             batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
             items_as_nodes(self), kinds_of_devices(self), vmap_of_proxies(self),
+            methods_as_nodes(),
         ):  # fmt: skip
             set_modes({**self.flags, **self.kept})
             if hears_gradients(root):
