@@ -616,3 +616,34 @@ def test_an_adaptive_pool_leaves_an_axis_as_it_is_that_keeps_its_size(size: Any)
     narrow = demp_fx.compile(net, x, cuts="always").module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("conv.weight").shape[0] == (3 if size[0] is None else 8)
+
+
+def test_the_size_of_what_is_shuffled_is_that_of_what_is_left() -> None:
+    """Halves are told by the size of a shuffled value, of which all are left in the first one."""
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            half = x.shape[1] // 2 + x.shape[1] % 2
+            x = torch.cat([x[:, :half], self.norm(self.conv(x[:, half:])).relu()], 1)
+            batch, channels, length = x.size()
+            x = x.view(batch, 2, channels // 2, length).transpose(1, 2).contiguous()
+            return x.view(batch, -1, length)
+
+    torch.manual_seed(0)
+    units = [Unit() for _ in range(2)]
+    norm = nn.BatchNorm1d(12)
+    net = nn.Sequential(nn.Conv1d(3, 12, 1), norm, *units, nn.Conv1d(12, 2, 1)).double().eval()
+    with torch.no_grad():
+        for layer, dead in ((norm, [3, 5]), (units[0].norm, [4, 5])):
+            layer.weight[dead] = layer.bias[dead] = 0
+    x = torch.randn(2, 3, 7).double()
+    result = demp_fx.compile(net, x, cuts="always")
+    assert relative_error(result.module(x), net(x)) <= 1e-12
+    assert not any("another size" in pin.reason for pin in result.report.pinned)
+    assert result.module.get_parameter("0.weight").size(0) == 10
+    assert result.module.get_parameter("2.conv.weight").shape == (4, 6, 1)
+    assert result.module.get_parameter("3.conv.weight").shape == (6, 2, 1)

@@ -66,6 +66,8 @@ class _Planner:
         sizes.changed.update(narrower_sizes(self.walk.graph, sizes))
         written: list[Literal] = []
         for node in self.walk.env:
+            if node in self.dropped:
+                continue
             new = sizes.new(node)
             blocks = plan.grouped.get(str(node.target)) if node.op == "get_attr" else None
             if blocks is not None:  # of a convolution that is called as a function
@@ -168,7 +170,8 @@ class _Planner:
         if found is None:
             value = self.walk.env.get(node)
             found = self.cache[node] = ({}, {})
-            if isinstance(value, Tensor) and node not in self.dropped:
+            ends = self.walk.chains.selections  # they have their channels, however they are made
+            if isinstance(value, Tensor) and (node not in self.dropped or node in ends):
                 self.cache[node] = found = self._masks(node, value)
         return found
 
