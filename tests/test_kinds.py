@@ -115,11 +115,15 @@ class Chosen(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_a_module_that_torchscript_has_compiled_stays_whole() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [
+    lambda: torch.jit.script(Chosen()),
+    lambda: torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3)),
+])  # fmt: skip
+def test_a_module_that_torchscript_has_compiled_stays_whole(compiled: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), torch.jit.script(Chosen()),
+        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), compiled(),
         nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2),
     ).double()  # fmt: skip
     with torch.no_grad():

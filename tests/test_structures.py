@@ -350,6 +350,39 @@ def test_filters_of_a_grouped_convolution_of_the_input_go(inputs: int, groups: i
     assert narrow.get_parameter("3.weight").size(1) == 24 - len(dead)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_heads_that_a_convolution_takes_for_samples(kind: Any, groups: int) -> None:
+    """Attention that pools its queries and keys: what is at one place in all heads is one channel.
+    Elsewhere heads lose channels of their own."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.pool = kind(8, 8, 3, padding=1, groups=groups, bias=False)
+            for head, dead in enumerate(([0, 1, 5, 6], [1, 2, 4, 5])):
+                for place in dead:
+                    nn.init.zeros_(self.make.weight[8 * head + place])
+                    nn.init.zeros_(self.make.bias[8 * head + place])
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, tokens, _ = x.shape
+            q = self.make(x).reshape(batch, tokens, 2, -1).permute(0, 2, 1, 3)
+            q = q.reshape(batch * 2, 3, 3, q.shape[-1]).permute(0, 3, 1, 2)
+            q = self.pool(q).reshape(batch, 16, tokens).transpose(1, 2)
+            result: Tensor = self.read(q)
+            return result
+
+    torch.manual_seed(0)
+    model = Pooled().double()
+    x = torch.randn(3, 9, 6).double()
+    narrow = demp_fx.compile(model, x[:2], cuts="always").module
+    assert relative_error(narrow(x), model(x)) <= 1e-12
+    assert narrow.get_parameter("make.weight").size(0) == 8
+    assert narrow.get_submodule("pool").in_channels == 6
+
+
 def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
     class Grouped(nn.Module):
         """Each group loses an input and a filter, and not the same ones."""
@@ -641,3 +674,34 @@ def test_an_adaptive_pool_leaves_an_axis_as_it_is_that_keeps_its_size(size: Any)
     narrow = demp_fx.compile(net, x, cuts="always").module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("conv.weight").shape[0] == (3 if size[0] is None else 8)
+
+
+def test_the_size_of_what_is_shuffled_is_that_of_what_is_left() -> None:
+    """Halves are told by the size of a shuffled value, of which all are left in the first one."""
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            half = x.shape[1] // 2 + x.shape[1] % 2
+            x = torch.cat([x[:, :half], self.norm(self.conv(x[:, half:])).relu()], 1)
+            batch, channels, length = x.size()
+            x = x.view(batch, 2, channels // 2, length).transpose(1, 2).contiguous()
+            return x.view(batch, -1, length)
+
+    torch.manual_seed(0)
+    units = [Unit() for _ in range(2)]
+    norm = nn.BatchNorm1d(12)
+    net = nn.Sequential(nn.Conv1d(3, 12, 1), norm, *units, nn.Conv1d(12, 2, 1)).double().eval()
+    with torch.no_grad():
+        for layer, dead in ((norm, [3, 5]), (units[0].norm, [4, 5])):
+            layer.weight[dead] = layer.bias[dead] = 0
+    x = torch.randn(2, 3, 7).double()
+    result = demp_fx.compile(net, x, cuts="always")
+    assert relative_error(result.module(x), net(x)) <= 1e-12
+    assert not any("another size" in pin.reason for pin in result.report.pinned)
+    assert result.module.get_parameter("0.weight").size(0) == 10
+    assert result.module.get_parameter("2.conv.weight").shape == (4, 6, 1)
+    assert result.module.get_parameter("3.conv.weight").shape == (6, 2, 1)

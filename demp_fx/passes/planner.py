@@ -47,6 +47,8 @@ def _resize(plan: PruningPlan, widths: Widths, sizes: Sizes) -> list[Literal]:
     written: list[Literal] = []
     misfits = widths.misfits
     for node in widths.walk.env:
+        if node in widths.dropped:
+            continue
         new = sizes.new(node)
         blocks = plan.grouped.get(str(node.target)) if node.op == "get_attr" else None
         if blocks is not None:  # of a convolution that is called as a function

@@ -77,9 +77,8 @@ class _Pair:
     """The original and the narrow module, compared on one trial after another.
 
     `observed`: something is known of `inputs` alone. `rounding`: a unit of it, in the dtype of the
-    parameters. `tolerance` grows with what rounding
-    is found to do. `batch`, `fixed`, `forgets`: see `Verification`. `refusal`: why the original
-    does not run on a trial.
+    parameters. `tolerance` grows with what rounding is found to do. `batch`, `fixed`, `forgets`:
+    see `Verification`. `refusal`: why the original does not run on a trial.
     """
 
     original: nn.Module

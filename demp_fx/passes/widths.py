@@ -93,7 +93,8 @@ class Widths:
         if found is None:
             value = self.walk.env.get(node)
             found = self._found[node] = ({}, {})
-            if isinstance(value, Tensor) and node not in self.dropped:
+            ends = self.walk.chains.selections  # they have their channels, however they are made
+            if isinstance(value, Tensor) and (node not in self.dropped or node in ends):
                 self._found[node] = found = self.own(node, value)
         return found
 

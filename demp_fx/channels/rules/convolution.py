@@ -117,13 +117,22 @@ def _steps(call: Call, dim: int) -> bool:
     return weight.size(dim) == 1 and stride == 1 and padding == 0
 
 
+def _source(walk: Stream, call: Call) -> Tensor | None:
+    """The channels of the input, if they have one name each. Where there are others in each sample
+    (of the heads, which stand in the batch), what is at one place in all of them is one."""
+    found = Operand(call.args[0], "bi").labels(walk, "i")
+    if len(found) != 1:
+        return None
+    return walk.tie(found[0], tuple(d for d in varying(found[0]) if d != 1), call).reshape(-1)
+
+
 def depthwise(walk: Stream, call: Call) -> None:
     """Channel c makes outputs c * m ... c * m + m - 1, and nothing else does."""
     x, weight, bias = call.args[:3]
     out = call.outputs[0]
     rank, size, times = x.dim(), x.size(1), weight.size(0) // x.size(1)
     filters = Operand(weight, "o").single(walk, "o")
-    source = Operand(x, "bi").single(walk, "i")
+    source = _source(walk, call)
     if filters is None and source is not None and 0 in walk.value(weight).blank:
         filters = source.repeat_interleave(times)  # the same kernel for as many as there are
         adopt(walk, weight, along(filters, weight.dim(), 0))
@@ -184,7 +193,7 @@ def grouped(walk: Stream, call: Call) -> None:
             walk.pin(call, label, STRUCTURE)
     macs = (x if transposed else out).numel() * (weight.numel() // weight.size(0))
     walk.system.multiply(macs, *walk.value(x).labels, *walk.value(weight).labels)
-    source = Operand(x, "bi").single(walk, "i")
+    source = _source(walk, call)
     filters = Operand(weight, "o").single(walk, "o")
     if source is None and not any(1 in varying(label) for label in walk.value(x).labels):
         source = walk.system.fresh(call.site.node, -1, x.size(1)).atoms  # for as long as it is here
@@ -224,6 +233,10 @@ def grouped(walk: Stream, call: Call) -> None:
     if walk.with_facts and offset is not None:
         known = (_silent(walk, weight, groups, offset) if transposed
                  else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
+        if silent is not None:  # and where nothing goes into a group
+            empty = silent.reshape(groups, -1).all(1).repeat_interleave(outs.size(1))
+            empty = empty if known is None else empty | known.flat
+            known = Facts.of(empty, offset.expand(2, -1))
     walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
 
 
