@@ -228,16 +228,20 @@ def grouped(walk: Stream, call: Call) -> None:
         Read(source, (produced,), None, silent, None, 0, weight.numel(), call.site,
              gate.repeat_interleave(ins.size(1)))
     )  # fmt: skip
-    offset = offset_of(walk, bias, out.size(1))
-    known = None
-    if walk.with_facts and offset is not None:
-        known = (_silent(walk, weight, groups, offset) if transposed
-                 else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
-        if silent is not None:  # and where nothing goes into a group
-            empty = silent.reshape(groups, -1).all(1).repeat_interleave(outs.size(1))
-            empty = empty if known is None else empty | known.flat
-            known = Facts.of(empty, offset.expand(2, -1))
+    offset = offset_of(walk, bias, out.size(1)) if walk.with_facts else None
+    known = None if offset is None else _of_groups(walk, call, silent, offset)
     walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
+
+
+def _of_groups(walk: Stream, call: Call, silent: Tensor | None, offset: Tensor) -> Facts | None:
+    """Outputs that are the bias: where a filter is zero, and where nothing goes into a group."""
+    weight, groups, transposed = call.args[1], call.args[8], call.args[6]
+    known = (_silent(walk, weight, groups, offset) if transposed
+             else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
+    if silent is None:
+        return known
+    empty = silent.reshape(groups, -1).all(1).repeat_interleave(offset.numel() // groups)
+    return Facts.of(empty if known is None else empty | known.flat, offset.expand(2, -1))
 
 
 def _unheard(
