@@ -138,10 +138,8 @@ def _reservations(report: CompileReport, module: fx.GraphModule, train: bool) ->
         what = "holds for inputs of the example's sizes only, which the trace took as given"
         found.append(what + noted("inputs' sizes"))
     elif proof.sized:
-        what = (
-            "inputs of other sizes may go another way through the original's code, which was not "
-        )
-        found.append(what + "followed" + noted("inputs' sizes"))
+        what = "inputs of other sizes may go another way through the original's code, which was "
+        found.append(what + "not followed" + noted("inputs' sizes"))
     if proof.forgets:
         what = "holds for a first call only: the original keeps something from call to call that "
         found.append(what + "was not followed" + noted("result does not keep"))
