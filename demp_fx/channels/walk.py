@@ -8,6 +8,7 @@ nodes the walk leaves places where the graph may be cut.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import suppress
 from types import MappingProxyType
@@ -80,6 +81,10 @@ class Walk(Layers):
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
         self.layers = dict(graph.named_modules(remove_duplicate=False))
+        self.calls = Counter(
+            str(n.target) for n in graph.graph.nodes
+            if n.op == "call_module" and self.layers[str(n.target)]._parameters
+        )  # fmt: skip
 
     def run(self, inputs: Inputs) -> System:
         """Walk the whole graph on example `inputs`.
@@ -183,7 +188,8 @@ class Walk(Layers):
                 self._label(n)
         cropped = self.crops.dims(node)
         start, writes = self.system.mark(), dict(self.writes)
-        entered = self._entered(node, cropped)
+        spread = self._of_several_calls(node)
+        entered = self._entered(node, cropped, spread)
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
         again = set(self._lost(start, before, out)) if self.with_facts else set()
@@ -197,7 +203,7 @@ class Walk(Layers):
                 entered[n].__dict__["demp"] = value
             for n in fixed & self.made:
                 self._label(n, merge=True)
-            entered = self._entered(node, cropped, again, fixed)
+            entered = self._entered(node, cropped, again | spread, fixed)
             out = self._call(node, entered)
         self.env[node] = out
         of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
@@ -216,6 +222,15 @@ class Walk(Layers):
             value = self.value(out)
             value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
+
+    def _of_several_calls(self, node: fx.Node) -> set[fx.Node]:
+        """What goes into one of several calls of a layer, if some of it is known: other calls may
+        want it, and it is put back for them."""
+        if self.calls[str(node.target)] < 2 or not self.with_facts:
+            return set()
+        values = {n: self.env[n] for n in node.all_input_nodes}
+        tensors = {n: self.value(t) for n, t in values.items() if isinstance(t, Tensor)}
+        return {n for n, value in tensors.items() if is_supplied(value)}
 
     def _entered(
         self, node: fx.Node, cropped: set[int], again: Set[fx.Node] = frozenset(),
