@@ -24,6 +24,7 @@ from demp_fx.calls import LITERALS, called
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
+from demp_fx.channels.circular import circular_in_parts
 from demp_fx.channels.crops import Crops
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
@@ -94,7 +95,7 @@ class Walk(Layers):
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
         with (torch.no_grad(), without_collection(), preserved(_coded(self.graph)),
-              on_meta(self.graph) as twins):  # fmt: skip
+              circular_in_parts(), on_meta(self.graph) as twins):  # fmt: skip
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 if node.op == "get_attr":
@@ -226,7 +227,7 @@ class Walk(Layers):
     def _of_several_calls(self, node: fx.Node) -> set[fx.Node]:
         """What goes into one of several calls of a layer, if some of it is known: other calls may
         want it, and it is put back for them."""
-        if self.calls[str(node.target)] < 2 or not self.with_facts:
+        if node.op != "call_module" or self.calls[str(node.target)] < 2 or not self.with_facts:
             return set()
         values = {n: self.env[n] for n in node.all_input_nodes}
         tensors = {n: self.value(t) for n, t in values.items() if isinstance(t, Tensor)}
