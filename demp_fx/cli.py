@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from demp_fx.cli_train import report_, train
+from demp_fx.cli_train import report_, show_on_stdout, train
 from demp_fx.errors import DempError, EmitError
 
 if TYPE_CHECKING:
@@ -156,9 +156,9 @@ def compile_(
         folder.write(result, target, overwrite)
         _say(f"wrote {target}")
     if as_json:
-        click.echo(result.report.model_dump_json(indent=2))
+        show_on_stdout(result.report.to_json())
     else:
-        _print(tables.compile_report(result.report))
+        show_on_stdout(tables.compile_report(result.report))
 
 
 @main.command()
@@ -216,8 +216,7 @@ def passes() -> None:
     from demp_fx.passes import CATALOGUE
 
     width = max((len(name) for name, _ in CATALOGUE), default=0)
-    for name, line in CATALOGUE:
-        click.echo(f"{name:<{width}}  {line}")
+    show_on_stdout("\n".join(f"{name:<{width}}  {line}" for name, line in CATALOGUE))
 
 
 def _load(model: str, inputs: tuple[str, ...], weights: Path | None) -> tuple[Any, Any]:
@@ -250,10 +249,7 @@ def _print(what: str | RenderableType, out: Path | None = None) -> None:
     from rich.console import Console
 
     if out is None:
-        if isinstance(what, str):
-            click.echo(what)
-        else:
-            Console().print(what)
+        show_on_stdout(what)
         return
     try:
         with out.open("w", encoding="utf-8") as file:

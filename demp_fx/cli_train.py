@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from demp_fx.errors import EmitError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -61,7 +64,7 @@ def train(recipe: Path, resume: bool, overwrite: bool, out: Path | None, quiet: 
         say(f"wrote {report.write(records)}")
     except UsageError as error:  # no matplotlib: the run itself has ended well
         say(f"warning: no report.html: {error}")
-    _print(report.summary(records))
+    show_on_stdout(report.summary(records))
 
 
 @click.command("report")
@@ -72,7 +75,7 @@ def report_(folder: Path) -> None:
 
     records = report.RunRecords(folder)
     say(f"wrote {report.write(records)}")
-    _print(report.summary(records))
+    show_on_stdout(report.summary(records))
 
 
 def _progress(quiet: bool) -> Progress:
@@ -104,7 +107,18 @@ def _line(values: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _print(what: Any) -> None:
+def show_on_stdout(what: Any) -> None:
+    """Print text as it is, and all else as a terminal shows it best. Raises `EmitError` where that
+    cannot be written, but for a reader who has gone, which click handles."""
     from rich.console import Console
 
-    Console().print(what)
+    try:
+        if isinstance(what, str):
+            click.echo(what)
+        else:
+            Console().print(what)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise EmitError(f"cannot write to stdout: {error}") from error

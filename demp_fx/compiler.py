@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,8 @@ from demp_fx.passes.summary import summarize
 from demp_fx.passes.verify import followed_mode
 from demp_fx.passes.verify import verify as verify_pass
 from demp_fx.trace import trace_graph
-from demp_fx.training.optimizer import repoint
+from demp_fx.training.optimizer import check, repoint
+from demp_fx.turns import in_turn
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class _Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+@in_turn
 @torch.inference_mode(False)
 def compile(
     model: nn.Module,
@@ -87,6 +88,8 @@ def compile(
         VerificationError: the result differs from the original.
     """
     clock, asked = _Clock(), Asked(keep, round_to)
+    if optimizer is not None and isinstance(model, nn.Module):
+        check(optimizer, model)
     with clock("trace"):
         inputs = Inputs.of(example_inputs)
         graph = trace_graph(model, example_inputs)
@@ -95,12 +98,12 @@ def compile(
         walked = bare = walk(graph)
     samples, probe = 0, inputs
     if calibration is not None:
-        batches = list(calibration)
+        batches = list(read_batches(calibration, graph))
         with clock("observe"):
             training = optimizer is not None or model.training
             modes = (False, True) if training else (False,)
             seen, samples = observe(graph, batches, walked.activations, modes)
-            probe = next(iter(_inputs(batches, graph)))
+            probe = batches[0]
         with clock("analyze"):
             walked = walk(graph, seen)
     with clock("narrow"), without_collection():
@@ -112,9 +115,8 @@ def compile(
         with clock("verify"):
             train = samples == 0 or optimizer is not None or model.training
             report.verification = verify_pass(
-                model, module, probe, observed=samples > 0, train=train,
-                folded=bool(plan.folds) or any(s.shift for s in plan.sums), traced=graph,
-            )  # fmt: skip
+                model, module, probe, observed=samples > 0, train=train, traced=graph
+            )
         decided = [f"; {a}" for a in report.assumptions if a.endswith("inputs' sizes")]
         if report.verification.fixed:
             report.warnings.append(
@@ -132,9 +134,7 @@ def compile(
                 "holds for a first call only: the original keeps something from call to call that "
                 "was not followed" + "".join(lost)
             )
-        both = report.verification.train_error is not None and not math.isnan(
-            report.verification.eval_error
-        )
+        both = None not in (report.verification.eval_error, report.verification.train_error)
         if train and not both and followed_mode(module):
             lines = "; ".join(followed_mode(module))
             report.warnings.append(f"not compared in both modes: the original's code asks: {lines}")
@@ -143,11 +143,6 @@ def compile(
             repoint(optimizer, model, module, plan)
     report.seconds = clock.seconds
     return CompileResult(module, plan, report)
-
-
-def _inputs(batches: list[Any], graph: fx.GraphModule) -> Iterator[Inputs]:
-    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
-    return read_batches(batches, device)
 
 
 def _check_weights(model: nn.Module) -> None:

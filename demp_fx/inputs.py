@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
+
+from demp_fx.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Inputs:
         """`example`: a tensor (the only argument), a tuple or list (by place), a dict (by name)."""
         if isinstance(example, Inputs):
             return example
+        if any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(example)):
+            raise UsageError("inputs are to be tensors, not arrays of numpy: torch.from_numpy")
         if isinstance(example, Mapping):
             return cls((), dict(example))
         if isinstance(example, (tuple, list)):

@@ -41,7 +41,7 @@ class Loaded:
         found = getattr(self.home, "example_inputs", None)
         if callable(found) and not isinstance(found, torch.Tensor):
             with _folder_of(self.home):
-                found = _run(found, "example_inputs()")
+                found = users(found, "example_inputs()")
         return found
 
 
@@ -73,7 +73,7 @@ def _named(spec: str) -> tuple[Any, ModuleType, str, str]:
     found = getattr(home, name)
     if callable(found) and not isinstance(found, nn.Module):
         with _folder_of(home):
-            found = _run(found, f"{name}() of {place}")
+            found = users(found, f"{name}() of {place}")
     return found, home, name, place
 
 
@@ -83,7 +83,7 @@ def _is_file(place: str) -> bool:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+        raise UsageError(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     path = path.resolve()
     # a name of its own, so that the user's `torch.py` or `test.py` shadows nothing
     name = f"_model_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}"
@@ -94,7 +94,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = home
     with _folder_of(home):
         try:
-            _run(lambda: spec.loader.exec_module(home), str(path))  # type: ignore[union-attr]
+            users(lambda: spec.loader.exec_module(home), str(path))  # type: ignore[union-attr]
         except UsageError:
             del sys.modules[name]
             raise
@@ -103,15 +103,24 @@ def _import_file(path: Path) -> ModuleType:
 
 def _import_package(place: str) -> ModuleType:
     with _on_path(Path.cwd()):
-        try:
-            missing = importlib.util.find_spec(place) is None
-        except (ImportError, ValueError):
-            missing = True
+        try:  # what is above it is imported on the way
+            missing = users(lambda: importlib.util.find_spec(place), place) is None
+        except UsageError as error:
+            missing = _is_not_there(place, error.__cause__)
+            if not missing:
+                raise
         if missing:
             raise UsageError(f"there is no file and no package '{place}'")
-        module = _run(lambda: importlib.import_module(place), place)
+        module = users(lambda: importlib.import_module(place), place)
     assert isinstance(module, ModuleType)
     return module
+
+
+def _is_not_there(place: str, error: BaseException | None) -> bool:
+    """Whether an import failed for want of `place` or a package that it is in, not of another."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{place}.".startswith(f"{error.name}.")
+    return isinstance(error, ValueError)
 
 
 @contextlib.contextmanager
@@ -130,7 +139,7 @@ def _folder_of(home: ModuleType) -> contextlib.AbstractContextManager[None]:
     return _on_path(Path(file).parent) if file else contextlib.nullcontext()
 
 
-def _run(function: Callable[[], Any], what: str) -> Any:
+def users(function: Callable[[], Any], what: str) -> Any:
     """`function()`, with what goes wrong in the user's code told by file and line."""
     try:
         return function()
@@ -172,6 +181,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not isinstance(weights, dict):
         raise UsageError(f"{path} holds a {type(weights).__name__}, not a state_dict")
     own = model.state_dict()
+    weights = _without_prefix(weights, list(own))
     shapes = [
         f"{key} {tuple(weights[key].shape)} in the file, {tuple(value.shape)} in the model"
         for key, value in own.items()
@@ -188,6 +198,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"{path} does not fit the model: {error}") from error
+
+
+def _without_prefix(weights: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Weights by the names of the model, where all are behind one prefix: that of a wrapper, such
+    as DataParallel's `module.` or that of `torch.compile`."""
+    first = next(iter(names), "")
+    keys = [str(key) for key in weights]
+    for prefix in {key.removesuffix(first) for key in keys if first and key.endswith(first)}:
+        if {key for key in keys if key.startswith(prefix)} == {prefix + name for name in names}:
+            return {str(key).removeprefix(prefix): value for key, value in weights.items()}
+    return weights
 
 
 def _listing(what: str, keys: list[str]) -> str:
@@ -209,4 +230,9 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()
+        if "weights_only" in str(error):
+            raise UsageError(
+                f"{path} does not hold tensors alone, as torch.save(model.state_dict(), ...) does; "
+                "what else it holds could be code, and is not run"
+            ) from error
         raise UsageError(f"{path} cannot be read: {reason[0] if reason else error!r}") from error

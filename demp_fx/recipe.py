@@ -21,13 +21,14 @@ from demp_fx.errors import UsageError
 from demp_fx.nodes.watch import Test
 
 Percent = Annotated[str, StringConstraints(pattern=r"^(100|[1-9]?\d)(\.\d+)?%$")]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Measure = Literal["macs", "params", "channels"]
 
 
 class Config(BaseModel):
     """A part of a recipe. Unknown fields are errors, and errors name the field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> Self:
@@ -41,17 +42,21 @@ class Config(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """Read a YAML file. Raises `UsageError` for a file that is none, or not valid."""
+        """Read a YAML file, or a text of several lines as YAML. Raises `UsageError` for a file that
+        is none, or not valid."""
+        text, where = (str(path), "recipe") if "\n" in str(path) else (None, str(path))
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = yaml.safe_load(text or Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
-        return cls.from_dict(data, str(path))
+            raise UsageError(f"{where} cannot be read: {error}") from error
+        return cls.from_dict(data, where)
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Write as YAML, every field with its value."""
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """As YAML, every field with its value; written to a file, if one is named."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-        Path(path).write_text(text, encoding="utf-8")
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
 
 class Recipe(Config):
@@ -96,7 +101,7 @@ class Recipe(Config):
     cuts: Cuts = Field("pays", description="where residual sums and branches may be cut")
     verify: bool = Field(True, description="compare before and after every narrowing, in float64")
     verify_samples: int = Field(16, gt=0, description="of a probe batch, to compare on")
-    seed: int = Field(0, description="of the noise")
+    seed: Seed = Field(0, description="of the noise")
 
     @model_validator(mode="after")
     def _target_is_one_share(self) -> Self:

@@ -26,6 +26,7 @@ from demp_fx.tracing.source import failed_at, first_line
 from demp_fx.tracing.states import as_buffers
 from demp_fx.tracing.tracer import Tracer
 from demp_fx.tracing.values import in_mode, named_state
+from demp_fx.turns import default_device, in_turn
 
 # Attributes of a graph module that parts of a model would have to share a name with.
 RESERVED = {*dir(TracedModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
@@ -56,13 +57,15 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     return module
 
 
+@in_turn
 def trace_graph(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
     """What `trace` returns, for the use of its graph: see `draft`."""
     inputs = Inputs.of(example_inputs)
     _bind(_checked(model), inputs)
     own = set(vars(model))
     try:
-        graph, notes = _graph(model, lambda: _bind(model, inputs))
+        with default_device():
+            graph, notes = _graph(model, lambda: _bind(model, inputs))
         module = draft(model, graph, type(model).__name__)
     finally:
         for constant in vars(model).keys() - own:  # fx keeps tensors it met on the way there

@@ -282,6 +282,16 @@ def test_a_place_that_cannot_be_written(net: Path) -> None:
     fails(5, "inspect", net, "--input", "1x3x8x8", "--out", "file/deps.txt")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("command", ["passes", "inspect net.py --input 1x3x8x8"])
+def test_a_full_disk_behind_stdout(net: Path, command: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(process(*command.split()), stdout=full, stderr=subprocess.PIPE,
+                              text=True)  # fmt: skip
+    assert done.returncode == 5
+    assert "error: cannot write to stdout" in done.stderr
+
+
 def test_a_bug_shows_its_traceback(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demp_fx.data.check_forward", lambda *_: 1 / 0)
     result = run("compile", net, "--input", "1x3x8x8")

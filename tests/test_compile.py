@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,6 +383,40 @@ def test_pairs_of_input_and_target_calibrate_too() -> None:
     assert result.report.dead_observed == 1
 
 
+class Largest(nn.Module):
+    """Channels that are shut once any of the samples is large there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        self.hidden.weight.data = torch.eye(4)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last((1 - self.hidden(x).amax(0, keepdim=True)).relu())
+        return out
+
+
+def test_what_samples_do_together_is_compared_with_all_of_them() -> None:
+    model, data = Largest(), torch.zeros(8, 4, dtype=torch.float64)
+    data[6, :2] = 2  # the first few samples leave all channels open
+    result = demp_fx.compile(model, data, calibration=[data])
+    assert result.module.get_submodule("hidden").out_features == 2
+    assert result.report.verification is not None
+    assert result.report.verification.batch == 8
+    assert torch.allclose(result.module(data), model(data))
+
+
+def test_few_samples_are_compared_where_each_is_for_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double().eval()
+    model[0].weight.data[:4], model[0].bias.data[:4] = 0, -1
+    data = torch.randn(64, 4, dtype=torch.float64)
+    for calibration in (None, [data]):
+        found = demp_fx.compile(model, data, calibration=calibration).report.verification
+        assert found is not None
+        assert found.batch < 8
+
+
 def test_no_calibration_data_is_an_error() -> None:
     with pytest.raises(UsageError, match="empty"):
         demp_fx.compile(Net(), image(2, 3, 8, 8), calibration=[])
@@ -511,7 +546,7 @@ class Chaotic(nn.Module):
 
 def test_what_a_network_makes_of_rounding_is_no_error() -> None:
     torch.manual_seed(0)
-    model, x = Chaotic(26), torch.randn(64, 6, dtype=torch.float64)
+    model, x = Chaotic(26), torch.randn(1, 64, 6, dtype=torch.float64)
     result = demp_fx.compile(model, x)
     found = result.report.verification
     assert found is not None
@@ -836,3 +871,86 @@ def test_a_parametrized_layer_is_not_touched_by_looking_at_it() -> None:
     demp_fx.compile(net, torch.randn(4, 6))
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# -- what is asked for, and what is said ---------------------------------------------------------
+
+
+def test_a_parameter_keeps_its_class_and_what_was_noted_on_it() -> None:
+    class Scale(nn.Parameter):
+        pass
+
+    model = Net().eval()
+    silence(model.norm1, [0, 1, 2])
+    model.conv1.weight.no_decay = True  # type: ignore[attr-defined]
+    model.norm1.weight = Scale(model.norm1.weight.detach())
+    module = demp_fx.compile(model, image(2, 3, 8, 8)).module
+    weight, scale = module.get_parameter("conv1.weight"), module.get_parameter("norm1.weight")
+    assert weight.shape[0] == 5
+    assert weight.no_decay  # type: ignore[attr-defined]
+    assert isinstance(scale, Scale)
+    assert scale.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cuts": "sometimes"}, "cuts: one of pays, always, never"),
+        ({"round_to": 2.5}, "round_to: .* 2.5"),
+        ({"optimizer": "adam"}, "one of torch.optim's"),
+        ({"optimizer": torch.optim.SGD(Net().parameters(), 0.1)}, "it is of another one"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        demp_fx.compile(Net(), image(2, 3, 8, 8), **options)
+
+
+def test_analysis_asks_for_a_traced_graph() -> None:
+    with pytest.raises(UsageError, match=r"demp_fx\.trace"):
+        demp_fx.analyze(Net())  # type: ignore[arg-type]
+
+
+def test_a_model_without_parameters_is_not_sparse() -> None:
+    report = demp_fx.compile(nn.ReLU(), image(2, 3)).report
+    assert report.param_sparsity == report.channel_sparsity == 0.0
+
+
+class TrainsOnly(Net):
+    """Its forward refuses eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("for training only")
+        return super().forward(x)
+
+
+def test_a_report_goes_to_json_and_back(tmp_path: Path) -> None:
+    report = demp_fx.compile(TrainsOnly().train(), image(2, 3, 8, 8)).report
+    assert report.verification is not None
+    assert report.verification.eval_error is None
+    assert report.verification.errors.endswith("in train mode")
+    assert demp_fx.CompileReport.from_json(report.to_json()) == report
+    report.save(tmp_path / "report.json")
+    assert demp_fx.CompileReport.load(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize("kind", [demp_fx.PruningPlan, demp_fx.CompileReport])
+def test_what_is_no_plan_or_report_is_refused(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "other").write_text('{"version": 2}')
+    for name in ("gone", "binary", "other"):
+        with pytest.raises(UsageError):
+            kind.load(tmp_path / name)
+
+
+def test_passes_know_that_constants_are_rounded_to_single_precision() -> None:
+    model = Net(padding=0, bias=True).to(torch.float32).eval()
+    silence(model.norm1, [1, 4], shift=0.7)
+    x = torch.randn(2, 3, 8, 8)
+    graph = demp_fx.trace(model, x)
+    plan = make_plan(graph)
+    assert plan.rounds
+    found = verify(model, narrow(graph, plan), x)
+    assert found.eval_error is not None
+    assert found.eval_error <= found.tolerance < 1e-5

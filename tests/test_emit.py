@@ -224,6 +224,12 @@ def test_a_function_of_the_users_own_is_refused_by_name() -> None:
         source(graph)
 
 
+def test_what_is_written_is_the_same_each_time() -> None:
+    graph = demp_fx.trace(nn.Sequential(nn.Linear(2, 3)), torch.randn(1, 2))
+    imports = [line for line in source(graph).splitlines() if "import" in line][1:4]
+    assert imports == ["from pathlib import Path", "from torch import nn", "import torch"]
+
+
 def test_hooks_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     model[0].register_forward_hook(lambda module, args, output: output * 2)

@@ -100,6 +100,28 @@ def test_weights_are_loaded(tmp_path: Path, form: str) -> None:
     assert torch.equal(model.weight, state["weight"])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net."])
+def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path: Path, prefix: str) -> None:
+    model, state = nn.Linear(3, 4), nn.Linear(3, 4).state_dict()
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.weight, state["weight"])
+
+
+def test_a_package_that_fails_is_told_from_one_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "breaking").mkdir()
+    for text, message in (
+        ("1 / 0", r"breaking\.net failed at .*__init__\.py:1: ZeroDivisionError"),
+        ("import not_installed", r"breaking\.net failed at .*No module named 'not_installed'"),
+    ):
+        (tmp_path / "breaking" / "__init__.py").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            load_model("breaking.net:make")
+
+
 def test_weights_that_do_not_fit_are_told_by_key(tmp_path: Path) -> None:
     state = {f"extra{i}": torch.ones(1) for i in range(7)} | {"weight": torch.ones(4, 9)}
     save_file(state, tmp_path / "w.safetensors")
@@ -114,12 +136,12 @@ def test_weights_that_do_not_fit_are_told_by_key(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no file"):
         load_weights(nn.Linear(3, 4), tmp_path / "w.pt")
-    for name in ("w.pt", "w.safetensors"):
+    for name, message in (("w.pt", "does not hold tensors"), ("w.safetensors", "cannot be read")):
         (tmp_path / name).write_bytes(b"not a weights file")
-        with pytest.raises(UsageError, match="cannot be read"):
+        with pytest.raises(UsageError, match=message):
             load_weights(nn.Linear(3, 4), tmp_path / name)
     torch.save(nn.Linear(3, 4), tmp_path / "pickled.pt")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"does not hold tensors alone.*could be code"):
         load_weights(nn.Linear(3, 4), tmp_path / "pickled.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UsageError, match="not a state_dict"):

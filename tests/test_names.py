@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.emit.module import source
 from demp_fx.errors import TraceError
 
 NAMES = ["mean", "size", "view", "reshape", "chunk", "split", "narrow", "select", "add", "shape"]
@@ -62,3 +66,33 @@ def test_names_that_a_graph_module_needs_are_refused_by_name(name: str, kind: st
     model = Layered(name) if kind == "layer" else Normalised(name, trained=False)
     with pytest.raises(TraceError, match=f"'{name}'.*give it another name"):
         demp_fx.compile(model, torch.randn(2, 3, 4, 4))
+
+
+def test_names_that_python_has_taken() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(4, 8)
+            parts = {"class": nn.Linear(8, 3), "1x": nn.ModuleDict({"def": nn.Linear(8, 2)})}
+            self.heads = nn.ModuleDict(parts)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = torch.relu(self.stem(x))
+            inner = self.heads["1x"]
+            assert isinstance(inner, nn.ModuleDict)
+            return self.heads["class"](x), inner["def"](x)
+
+    torch.manual_seed(0)
+    model, x = Heads().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        model.stem.weight[:3] = 0
+        model.stem.bias[:3] = 0
+    module = demp_fx.compile(model, x).module
+    assert module.get_parameter("heads.class.weight").shape == (3, 5)
+    space: dict[str, Any] = {"__name__": "module"}
+    exec(source(module), space)
+    written = space["model"]()
+    written.load_state_dict(module.state_dict())
+    for narrow in (module, copy.deepcopy(module), written):
+        for a, b in zip(narrow(x), model(x), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)

@@ -242,6 +242,60 @@ def test_a_convolution_whose_padding_depends_on_the_input_folds_no_constants() -
     torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
 
 
+class Frames(nn.Module):
+    """Keeps its stride and kernel in tensors, and pads up to whole frames."""
+
+    def __init__(self, wide: int, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(wide, channels, kernel, stride)
+        self.stride = nn.Buffer(torch.tensor(stride), persistent=False)
+        self.kernel = nn.Buffer(torch.tensor(kernel), persistent=False)
+        self.before = nn.Buffer(self.kernel - self.stride, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-1]
+        frames = torch.ceil((length - self.kernel + self.before) / self.stride + 1).long() - 1
+        behind = frames * self.stride + self.kernel - self.before - length
+        y: Tensor = self.conv(F.pad(x, (self.before, behind)))
+        return y
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7])
+def test_what_is_padded_may_be_worked_out_of_numbers_in_buffers(constant: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Frames(2, 8, 7, 1), nn.ReLU(), Frames(8, 6, 4, 4)).double().eval()
+    with torch.no_grad():
+        model[0].conv.weight[:5], model[0].conv.bias[:5] = 0, constant
+    narrow = demp_fx.compile(model, torch.randn(2, 2, 16, dtype=torch.float64)).module
+    for length in (16, 17, 32):  # the first one is whole frames
+        x = torch.randn(3, 2, length, dtype=torch.float64)
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+    assert narrow.get_submodule("2.conv").in_channels == (8 if constant else 3)
+
+
+def test_places_may_be_counted_by_a_number_in_a_tensor_of_sizes() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            sizes = torch.tensor([(x.shape[1], x.shape[2])], device=x.device)
+            height = sizes[0, 0]
+            rows = torch.arange(0, height, dtype=x.dtype, device=x.device) / height
+            result: Tensor = self.read(self.make(x).relu() * rows.view(1, -1, 1, 1))
+            return result
+
+    torch.manual_seed(0)
+    model = Rows().double()
+    with torch.no_grad():
+        model.make.weight[:5] = model.make.bias[:5] = 0
+    narrow = demp_fx.compile(model, torch.randn(2, 5, 6, 4, dtype=torch.float64)).module
+    assert narrow.get_parameter("make.weight").shape == (3, 4)
+    x = torch.randn(3, 7, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+
+
 def test_images_are_compared_that_no_window_divides() -> None:
     model = Windows(UP_TO_WINDOWS["pad"])
     wrong = Windows(lambda x: F.pad(x, (0, missing(x)), value=1.0))

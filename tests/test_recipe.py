@@ -21,6 +21,7 @@ def test_yaml_in_and_out(tmp_path: Path) -> None:
     recipe = demp_fx.Recipe(penalty=1e-2, span="60%", target={"macs": 0.35}, exempt=["head.*"])
     recipe.to_yaml(tmp_path / "recipe.yaml")
     assert demp_fx.Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+    assert demp_fx.Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ def test_yaml_in_and_out(tmp_path: Path) -> None:
         ("target: {macs: 1.3}", "lies between 0 and 1"),
         ("target: {flops: 0.3}", "target.flops"),
         ("- 1", "recipe.yaml"),
+        ("seed: 18446744073709551616", "seed"),
+        ("noise_std: .inf", "noise_std"),
         ("a: [", "cannot be read"),
     ],
 )

@@ -139,3 +139,39 @@ def test_a_bias_takes_constants_though_its_weight_is_an_embedding_too() -> None:
         model, tokens = Tied(bias), torch.randint(9, (2, 5))
         narrow = demp_fx.compile(model, tokens, cuts="always").module
         torch.testing.assert_close(narrow(tokens), model(tokens), rtol=1e-10, atol=1e-10)
+
+
+class Words(nn.Module):
+    """Decides by numbers, and is not looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.kinds = nn.Embedding(20, 8), nn.Embedding(2, 8)
+
+    def forward(self, words: Tensor) -> Tensor:
+        if int(words.max()) > 100:
+            words = words % 20
+        result: Tensor = self.table(words) + self.kinds(words % 2)
+        return result
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_a_weight_that_a_module_shares_which_is_not_looked_into_stays(by_function: bool) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.norm = Words(), nn.LayerNorm(8)
+            self.read = nn.Linear(8, 20, bias=False)
+            self.read.weight = self.words.table.weight
+            with torch.no_grad():
+                self.norm.weight[:4] = self.norm.bias[:4] = 0
+
+        def forward(self, words: Tensor) -> Tensor:
+            x = self.norm(self.words(words))
+            return F.linear(x, self.words.table.weight) if by_function else self.read(x)
+
+    torch.manual_seed(0)
+    model, words = Tied().double(), torch.randint(20, (2, 5))
+    narrow = demp_fx.compile(model, words, cuts="always").module
+    assert list(narrow.meta["demp_fx"].opaque) == ["words"]
+    torch.testing.assert_close(narrow(words), model(words), rtol=1e-12, atol=1e-12)

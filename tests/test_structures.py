@@ -99,7 +99,32 @@ OF_INPUTS: dict[str, Callable[[], nn.Sequential]] = {
     "layer": lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)),
     "batch": lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Conv1d(6, 4, 1)),
     "group": lambda: nn.Sequential(nn.GroupNorm(3, 6), nn.Conv1d(6, 4, 1)),
+    "root mean square": lambda: nn.Sequential(ScaledRMSNorm(6), nn.Linear(6, 4)),
+    "by hand": lambda: nn.Sequential(HandmadeNorm(6), nn.Linear(6, 4)),
 }
+
+
+class ScaledRMSNorm(nn.RMSNorm):
+    """Shifted as well."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
+class HandmadeNorm(nn.LayerNorm):
+    """Its scale is computed of several."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.offset = nn.Buffer(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+        return x * (self.offset * self.weight) + self.bias
 
 
 @pytest.mark.parametrize("norm", OF_INPUTS)

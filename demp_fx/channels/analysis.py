@@ -17,8 +17,10 @@ from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import SHAPES
 from demp_fx.tracing.values import named_state
+from demp_fx.turns import in_turn
 
 
+@in_turn
 def walk(
     graph: fx.GraphModule,
     observed: Mapping[str, tuple[int, Facts]] | None = None,
@@ -34,7 +36,7 @@ def walk(
     Raises `UsageError` for a graph that is not from `demp_fx.trace`, and where its inputs do not
     run through it.
     """
-    example = graph.meta.get("example_inputs")
+    example = getattr(graph, "meta", {}).get("example_inputs")
     if not isinstance(example, Inputs):
         raise UsageError("this takes what demp_fx.trace(model, example_inputs) returns")
     found: dict[str, Facts | None] = {}  # what the next call finds where this one writes
@@ -50,6 +52,7 @@ def walk(
     return done
 
 
+@in_turn
 def analyze(graph: fx.GraphModule) -> DependencyGraph:
     """The pruning groups of a traced module: what is coupled, what is pinned, where and why."""
     with without_collection():

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from demp_fx.channels.constraints import Edge
 from demp_fx.channels.runs import Indices, Mask, Runs
-from demp_fx.channels.solve import Solution, Solver
-from demp_fx.channels.system import Edge, System
+from demp_fx.channels.solution import Solution
+from demp_fx.channels.solve import Solver
+from demp_fx.channels.system import System
+from demp_fx.errors import UsageError
 
 Cuts = Literal["pays", "always", "never"]
 
@@ -36,6 +39,8 @@ def decide(system: System, cuts: Cuts = "pays") -> Solution:
     A cut is first weighed by what it frees next to it. If the network as a whole gets dearer
     without those that look bad, only the worse half of them is closed, if that saves something.
     """
+    if cuts not in get_args(Cuts):
+        raise UsageError(f"cuts: one of {', '.join(get_args(Cuts))}, not {cuts!r}")
     hard = {id(e) for e in system.edges} if cuts == "never" else set()
     solver = Solver(system)
     solution, costs = solver.solve(hard), _Costs(solver)

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.classes import classes, components
+from demp_fx.channels.constraints import Axis, Edge, Product, Read
 from demp_fx.channels.groups import Block, Group, GroupGraph, Link, Member, Node, Pin, Tie
 from demp_fx.channels.runs import Indices
-from demp_fx.channels.solve import Solution
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.states import macs, states
-from demp_fx.channels.stream import STRUCTURE
-from demp_fx.channels.system import Axis, Edge, Product, Read, System
+from demp_fx.channels.system import System
 from demp_fx.channels.ties import Ties, axes_of, name_of
+from demp_fx.channels.values import STRUCTURE
+from demp_fx.turns import in_turn
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -75,6 +77,7 @@ class DependencyGraph:
         return groups
 
     @functools.cached_property
+    @in_turn
     def groups(self) -> list[Group]:
         """The groups with their sizes, what is dead in them, and their multiplications."""
         self._count(self.bare)
@@ -160,6 +163,7 @@ class DependencyGraph:
         return feeds
 
     @functools.cached_property
+    @in_turn
     def links(self) -> list[Link]:
         """Which group feeds which."""
         links: dict[Link, None] = {}
@@ -179,6 +183,7 @@ class DependencyGraph:
         return [link for link in links if link.source != link.target or link.kind == "read"]
 
     @functools.cached_property
+    @in_turn
     def ties(self) -> Ties:
         """Which op ties which axes together."""
         return Ties(self.system)
@@ -189,6 +194,7 @@ class DependencyGraph:
         return self.ties.described(int(places), lambda other: other.owner in self.params)
 
     @functools.cached_property
+    @in_turn
     def data(self) -> GroupGraph:
         """Groups, links and nodes as plain data, with the ties and blocks of each group."""
         firsts: dict[int, Axis] = {}
@@ -203,6 +209,7 @@ class DependencyGraph:
                     self.groups[k].blocks.append(block)
         return GroupGraph(self.groups, self.links, self.nodes)
 
+    @in_turn
     def explain(self, name: str) -> Explanation:
         """What ties a layer or parameter to others, and what stops its channels from going.
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Site
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along
-from demp_fx.channels.system import Site
 from demp_fx.trees import tensors_of
 
 

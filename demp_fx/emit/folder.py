@@ -32,7 +32,7 @@ def check(folder: str | Path, overwrite: bool = False) -> Path:
     if not target.is_dir() or target.is_symlink():
         raise UsageError(f"{folder} exists and is not a folder")
     if not overwrite:
-        raise UsageError(f"the folder {folder} exists: name another, or say to overwrite it")
+        raise UsageError(f"the folder {folder} exists: name another, or overwrite it (--overwrite)")
     others = sorted(entry.name for entry in target.iterdir() if entry.name not in _OURS)
     if others:
         raise UsageError(

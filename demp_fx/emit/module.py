@@ -19,7 +19,7 @@ from demp_fx.emit import tensors
 from demp_fx.emit.leaves import installed
 from demp_fx.emit.structure import Structure
 from demp_fx.errors import EmitError
-from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.autograd import Apply
 
 _HEAD = '''"""{name} as demp_fx wrote it: plain PyTorch at the widths that are left.
 
@@ -88,7 +88,7 @@ def source(module: GraphModule) -> str:
             imports.add(_IMPORTS[constant])
     text = (
         _HEAD.format(
-            name=name, imports="\n".join(sorted(imports, key=lambda line: line.split()[1]))
+            name=name, imports="\n".join(sorted(imports, key=lambda line: (line.split()[1], line)))
         )
         + unpack
         + tree

@@ -4,7 +4,9 @@ graph = demp_fx.trace(model, example_inputs)
 seen, samples = observe(graph, calibration, activations(graph))
 plan = make_plan(graph, seen)
 module = narrow(graph, plan)
-verify(model, module, example_inputs)
+verify(model, module, calibration[0], observed=True, train=False)
+
+Without calibration: `make_plan(graph)`, and `verify(model, module, example_inputs)`.
 """
 
 from demp_fx.passes.instrument import instrument

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Axis, Site
+from demp_fx.channels.constraints import Axis, Site
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.walk import Walk
 from demp_fx.errors import UsageError
 
@@ -27,7 +27,7 @@ class Asked:
     def __post_init__(self) -> None:
         if isinstance(self.keep, str):
             object.__setattr__(self, "keep", [self.keep])
-        if self.round_to < 1:
+        if not isinstance(self.round_to, int) or self.round_to < 1:
             raise UsageError(f"round_to: widths cannot be multiples of {self.round_to}")
 
     def pin_layers(self, walk: Walk) -> None:

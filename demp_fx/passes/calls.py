@@ -15,6 +15,7 @@ from demp_fx.passes.still import Still
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.states import changed, held
 from demp_fx.trees import tensors_of
+from demp_fx.turns import default_device
 
 Precision = Literal["ops", "whole", "own", "spread"]
 
@@ -44,7 +45,8 @@ def runs(
             lambda t: t.to(torch.float64 if double and t.is_floating_point() else t.dtype,
                            copy=True)
         )  # fmt: skip
-        return module(*given.args, **given.kwargs)
+        with default_device():
+            return module(*given.args, **given.kwargs)
 
     modes = [(m, m.training) for m in module.modules()]
     try:

@@ -8,8 +8,12 @@ from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.rewrite import Constants, rewritten
 from demp_fx.passes.weights import Weights
 from demp_fx.tracing.module import TracedModule, assemble
+from demp_fx.turns import in_turn
+
+ROUNDED = "rounded"  # in a narrow module's meta: whether parameters were computed anew
 
 
+@in_turn
 def narrow(graph: fx.GraphModule, plan: PruningPlan) -> TracedModule:
     """Carry out `plan` on a traced module.
 
@@ -26,5 +30,5 @@ def narrow(graph: fx.GraphModule, plan: PruningPlan) -> TracedModule:
         root.register_buffer(name, value, persistent=False)
     root._non_persistent_buffers_set |= graph._non_persistent_buffers_set
     module = assemble(root, new_graph, type(graph).__name__)
-    module.meta = dict(graph.meta)
+    module.meta = {**graph.meta, ROUNDED: plan.rounds}
     return module

@@ -21,6 +21,7 @@ from demp_fx.channels.labels import varying
 from demp_fx.channels.walk import Walk
 from demp_fx.nodes.watch import Test
 from demp_fx.passes.twin import without_numbers
+from demp_fx.turns import in_turn
 
 _SATURATING = ("tanh", "hardtanh", "softsign")
 _RECTIFYING = ("relu", "relu6", "threshold", "hardsigmoid", "sigmoid")  # never below zero
@@ -81,6 +82,7 @@ class Neurons:
         return replace(self, width=int(kept.sum()), parts=tuple(parts))
 
 
+@in_turn
 def neurons(graph: fx.GraphModule, walked: Walk | None = None) -> list[Neurons]:
     """Every layer of neurons of a traced module, in the order of execution.
 

@@ -19,6 +19,10 @@ from demp_fx.channels.facts import Facts
 from demp_fx.errors import UsageError
 from demp_fx.inputs import Inputs
 from demp_fx.passes.still import Still
+from demp_fx.tracing.source import first_line
+from demp_fx.turns import default_device, in_turn
+
+_GROUPS = (tuple, list, Mapping)
 
 
 def activations(graph: fx.GraphModule) -> dict[str, int]:
@@ -44,22 +48,79 @@ class _Watch(fx.Interpreter):
         return out
 
 
-def batches(calibration: Iterable[Any], device: torch.device) -> Iterator[Inputs]:
-    """Inputs of each batch: tensors, argument tuples or dicts; of (input, target) pairs the input.
+def batches(calibration: Iterable[Any], graph: fx.GraphModule) -> Iterator[Inputs]:
+    """What `graph` takes of each batch, which is a tensor, a tuple or a dict of its arguments, or a
+    pair of that and a target. What is behind or beside its arguments is left out, batches without
+    a sample are passed over.
 
-    A pair whose second entry is a tensor of integers, or of less than two dims, is taken as
-    (input, target).
+    Raises `UsageError` for batches that lack an argument, or are not like the example inputs.
     """
-    for batch in calibration:
-        if isinstance(batch, (tuple, list)) and len(batch) == 2 and _is_target(batch[1]):
-            batch = batch[0]
-        yield Inputs.of(batch).map(lambda t: t.to(device))
+    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
+    example = _by_name(graph.meta["example_inputs"], names)
+    try:
+        found = iter(calibration)
+    except TypeError as error:
+        kind = type(calibration).__name__
+        raise UsageError(f"calibration is to be an iterable of batches, not a {kind}") from error
+    for each in found:
+        batch = Inputs.of(_without_target(each, list(example.values())))
+        given = _by_name(batch, names)
+        for name, argument in example.items():
+            _check(name, argument, given.get(name))
+        whole, args = example | given, batch.args[: len(names)]
+        rest = {name: whole[name] for name in names[len(args) :] if name in whole}
+        inputs = Inputs(args, rest).map(lambda t: t.to(device))
+        if samples_in(inputs):
+            yield inputs
 
 
-def _is_target(value: Any) -> bool:
-    return isinstance(value, Tensor) and (not value.is_floating_point() or value.dim() < 2)
+def _by_name(inputs: Inputs, names: list[str]) -> dict[str, Any]:
+    return dict(zip(names, inputs.args, strict=False)) | inputs.kwargs
 
 
+def _without_target(batch: Any, example: list[Any]) -> Any:
+    """The inputs of a pair (inputs, target): all other pairs are two arguments."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return batch
+    grouped = isinstance(batch[0], _GROUPS) and not any(isinstance(e, _GROUPS) for e in example[:1])
+    return batch[0] if grouped or len(example) == 1 else batch
+
+
+def _check(name: str, example: Any, given: Any) -> None:
+    """That the argument called `name` is like that of the example."""
+    if not isinstance(example, Tensor):
+        return
+    if given is None:
+        raise UsageError(f"the calibration data lacks {name!r}, which the example inputs have")
+    if not isinstance(given, Tensor):
+        raise UsageError(f"the calibration data has no tensor as {name!r}: {type(given).__name__}")
+    if given.dim() != example.dim():
+        raise UsageError(
+            f"the calibration data has {name!r} of shape {tuple(given.shape)}, the example inputs "
+            f"of {tuple(example.shape)}: it is to be an iterable of batches"
+        )
+
+
+def samples_in(inputs: Inputs) -> int:
+    """How many samples a batch has."""
+    return inputs.tensors[0].shape[0] if inputs.tensors and inputs.tensors[0].dim() else 1
+
+
+@contextmanager
+def taken(inputs: Inputs) -> Iterator[None]:
+    """Meanwhile what goes wrong is said of these `inputs`."""
+    try:
+        with default_device():
+            yield
+    except Exception as error:
+        shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs.tensors)
+        raise UsageError(
+            f"the model does not take the calibration data ({shapes}): {first_line(error)}"
+        ) from error
+
+
+@in_turn
 def observe(
     graph: fx.GraphModule, calibration: Iterable[Any], dims: Mapping[str, int],
     modes: tuple[bool, ...] = (False,), threshold: float = 0.0,
@@ -69,12 +130,11 @@ def observe(
     `modes`: the values of `training` to test in; a channel is dead only if it is so in all of them.
     Returns facts by node, and the number of samples seen. Raises `UsageError` without any batch.
     """
-    device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     watch, samples = _Watch(graph, dims), 0
-    for inputs in batches(calibration, device):
-        samples += inputs.tensors[0].shape[0] if inputs.tensors and inputs.tensors[0].dim() else 1
+    for inputs in batches(calibration, graph):
+        samples += samples_in(inputs)
         for training in modes:
-            with probing(graph, training), torch.no_grad(), Still():
+            with taken(inputs), probing(graph, training), torch.no_grad(), Still():
                 watch.run(*_ordered(graph, inputs))
     if samples == 0:
         raise UsageError("the calibration data is empty: the death test needs at least one batch")

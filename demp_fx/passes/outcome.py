@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from demp_fx.errors import UsageError
+from demp_fx.passes.plan import text_of
 
 
 class _Data(BaseModel):
@@ -42,13 +45,19 @@ class Verification(_Data):
     that the original keeps from call to call is not kept.
     """
 
-    eval_error: float
+    eval_error: float | None = Field(description="None where eval mode was not comparable")
     train_error: float | None = Field(description="None where train mode was not comparable")
     tolerance: float
     batch: int
     fixed: bool = False
     sized: bool = False
     forgets: bool = False
+
+    @property
+    def errors(self) -> str:
+        """The errors of the modes that were compared, in words."""
+        modes = {"eval": self.eval_error, "train": self.train_error}
+        return ", ".join(f"{e:.1e} in {mode} mode" for mode, e in modes.items() if e is not None)
 
 
 class CompileReport(_Data):
@@ -79,13 +88,30 @@ class CompileReport(_Data):
     @property
     def param_sparsity(self) -> float:
         """1 - params / dense params."""
-        return 1.0 - self.params_after / max(self.params_before, 1)
+        return 1.0 - self.params_after / self.params_before if self.params_before else 0.0
 
     @property
     def channel_sparsity(self) -> float:
         """Removed channels over all channels that parameters carry."""
-        return 1.0 - self.channels_after / max(self.channels_before, 1)
+        before = self.channels_before
+        return 1.0 - self.channels_after / before if before else 0.0
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompileReport:
+        """Raises `UsageError` where the text is not a report."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UsageError(f"not a report of a compilation: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n")
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompileReport:
+        """Read from a JSON file. Raises `UsageError` where there is none that holds a report."""
+        return cls.from_json(text_of(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal as OneOf
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -149,7 +150,7 @@ class PruningPlan(_Data):
     checkpoint fits.
     """
 
-    version: int = 1
+    version: OneOf[1] = 1
     keep: dict[str, dict[int, list[int]]] = {}
     grouped: dict[str, list[list[int]]] = {}
     nodes: dict[str, dict[int, int]] = {}
@@ -164,6 +165,11 @@ class PruningPlan(_Data):
     folds: list[Folding] = []
     shapes: dict[str, list[int]] = {}
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes numbers anew, which are rounded to the dtype of the parameters."""
+        return bool(self.folds) or any(s.shift for s in self.sums)
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1)
 
@@ -177,9 +183,17 @@ class PruningPlan(_Data):
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read from a JSON file."""
-        return cls.from_json(Path(path).read_text())
+        """Read from a JSON file. Raises `UsageError` where there is none that holds a plan."""
+        return cls.from_json(text_of(path))
+
+
+def text_of(path: str | Path) -> str:
+    """What a file holds. Raises `UsageError` where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error

@@ -68,7 +68,7 @@ class Weights:
                 data = data.clone()
             new = data
             if isinstance(old, nn.Parameter):
-                new = nn.Parameter(data, requires_grad=old.requires_grad)
+                new = _parameter(data, old)
             self.tensors[id(old)] = new
         return new
 
@@ -122,6 +122,18 @@ class Weights:
         for key, child in old._modules.items():
             new._modules[key] = None if child is None else self.module(child)
         return new
+
+
+def _parameter(data: Tensor, old: nn.Parameter) -> nn.Parameter:
+    """A parameter of the class of `old`, with the attributes that somebody gave it (such as marks
+    of what is not to decay)."""
+    kind = type(old)
+    if kind is nn.Parameter or nn.Parameter not in kind.__mro__:
+        new = nn.Parameter(data, requires_grad=old.requires_grad)
+    else:
+        new = Tensor._make_subclass(kind, data, old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
 
 
 def shallow(module: nn.Module) -> nn.Module:

@@ -18,11 +18,10 @@ def proven(report: CompileReport) -> list[str]:
     proof = report.verification
     if proof is None:
         return [*lines, "The result was not compared with the original."]
-    train = "" if proof.train_error is None else f", {proof.train_error:.1e} in train mode"
     return [
         *lines,
         f"Narrow and original agree in float64 at batch {proof.batch}: relative error "
-        f"{proof.eval_error:.1e} in eval mode{train} (allowed: {proof.tolerance:.0e}).",
+        f"{proof.errors} (allowed: {proof.tolerance:.0e}).",
     ]
 
 

@@ -102,11 +102,7 @@ def _remarks(report: CompileReport) -> list[str]:
         lines.append("not verified")
     else:
         proof = report.verification
-        train = "" if proof.train_error is None else f", {proof.train_error:.1e} in train mode"
-        lines.append(
-            f"verified in float64 at batch {proof.batch}: "
-            f"relative error {proof.eval_error:.1e} in eval mode{train}"
-        )
+        lines.append(f"verified in float64 at batch {proof.batch}: relative error {proof.errors}")
     if report.seconds:
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report.seconds.items())
         lines.append(f"seconds: {stages}")

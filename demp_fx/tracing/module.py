@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import keyword
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,11 +173,25 @@ def draft(root: nn.Module, graph: fx.Graph, class_name: str) -> TracedModule:
             _place(str(node.target), places, node.meta.get(PLAIN))
     _mirror(root, module, {})
     module._graph, graph.owning_module = graph, module
-    graph.on_generate_code(lambda _: as_blocks)
+    graph.on_generate_code(lambda _: _as_python)
     for generated in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
         module.__dict__.pop(generated, None)
     type(module).forward = _Pending(module)  # type: ignore[assignment]
     return module
+
+
+_KEYWORD = re.compile(
+    r'((?:getattr\()*self(?:\.\w+|, "[^"]*"\))*)\.(' + "|".join(keyword.kwlist) + r")\b"
+)
+
+
+def _as_python(body: list[str]) -> list[str]:
+    """Generated code with regions as blocks, and with attributes by names that Python has taken
+    (heads called "class", say), which fx writes as it writes others."""
+    text, before = "".join(as_blocks(body)), ""
+    while text != before:
+        before, text = text, _KEYWORD.sub(r'getattr(\1, "\2")', text)
+    return [text]
 
 
 _Places = dict[str, tuple[nn.Module, nn.Module]]  # path -> what it leads to, at home and in a copy

@@ -67,16 +67,17 @@ def written_attributes(graph: fx.Graph, root: nn.Module, names: Iterable[str]) -
     written = [
         operator.attrgetter(str(n.target))(root)
         for n in graph.nodes
-        if n.op == "get_attr" and _is_written(n)
+        if n.op == "get_attr" and is_written(n)
     ]
     return {memory[at] for at in map(memory_of, written) if at in memory}
 
 
-def _is_written(node: fx.Node) -> bool:
+def is_written(node: fx.Node) -> bool:
+    """Whether others write to what a node gives, or to a part of it."""
     return any(
         (user.args[:1] == (node,) and is_write(user))
         or user.kwargs.get("out") is node
-        or (is_view(user) and _is_written(user))
+        or (is_view(user) and is_written(user))
         for user in node.users
     )
 

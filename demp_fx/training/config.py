@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from demp_fx.recipe import Config, Percent, Recipe
+from demp_fx.recipe import Config, Percent, Recipe, Seed
 
 Steps = Annotated[int, Field(gt=0)] | Percent
 
@@ -95,7 +95,7 @@ class RunConfig(Config):
     compile: bool = Field(False, description="torch.compile the module")
     checkpoint_every: Steps | None = Field(None, description="steps; none: every epoch")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics")
-    seed: int = 0
+    seed: Seed = 0
     out: Path | None = Field(None, description="folder of the run; none: runs/<recipe's name>")
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from demp_fx.errors import UsageError
-from demp_fx.loading import load_object
+from demp_fx.loading import load_object, users
 from demp_fx.training.config import DataConfig
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -75,6 +75,9 @@ class Items:
         return len(self.dataset)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return users(lambda: self._take(index), "data.factory: taking images and labels")  # type: ignore[no-any-return]
+
+    def _take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [self.dataset[i] for i in index.tolist()]
         images = torch.stack([torch.as_tensor(image) for image, _ in pairs])
         return images, torch.as_tensor([int(label) for _, label in pairs])

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from demp_fx.errors import UsageError
-from demp_fx.inputs import Inputs
 from demp_fx.nodes.watch import Watch
 from demp_fx.passes.instrument import HOME
-from demp_fx.passes.observe import batches, probing
+from demp_fx.passes.observe import batches, probing, samples_in, taken
 from demp_fx.passes.still import Still
 
 
@@ -54,10 +53,10 @@ def death_test(
     try:
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(cuda), torch.no_grad(), Still():
-            for inputs in islice(batches(calibration, device), limit):
-                samples += _length(inputs)
+            for inputs in islice(batches(calibration, module), limit):
+                samples += samples_in(inputs)
                 for training in modes:
-                    with probing(module, training):
+                    with taken(inputs), probing(module, training):
                         module(*inputs.args, **inputs.kwargs)
     finally:
         for watch in nodes.values():
@@ -66,10 +65,6 @@ def death_test(
         raise UsageError("the calibration data is empty: the death test needs at least one batch")
     found = {name: Dead(*(t.cpu() for t in watch.stop())) for name, watch in nodes.items()}
     return found, samples
-
-
-def _length(inputs: Inputs) -> int:
-    return inputs.tensors[0].shape[0] if inputs.tensors and inputs.tensors[0].dim() else 1
 
 
 @contextmanager

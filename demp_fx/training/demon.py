@@ -27,9 +27,11 @@ from demp_fx.training.controller import Controller
 from demp_fx.training.deaths import Dead, death_test
 from demp_fx.training.dense import Dense, Narrowing
 from demp_fx.training.events import Event
+from demp_fx.training.optimizer import check
 from demp_fx.training.pressure import Pressure
 from demp_fx.training.schedule import OneCycle
 from demp_fx.training.transfer import Snapshot, Transfer, install
+from demp_fx.turns import in_turn
 
 
 class Demon:
@@ -60,6 +62,7 @@ class Demon:
         events: the record, one entry for every death check.
     """
 
+    @in_turn
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None,
         example_inputs: ExampleInputs, recipe: Recipe, calibration: Iterable[Any], *,
@@ -70,6 +73,8 @@ class Demon:
         once = isinstance(calibration, Iterator)
         self.calibration = list(calibration) if once else calibration
         graph = trace(model, example_inputs)
+        if optimizer is not None:
+            check(optimizer, graph)
         self.dense = Dense(graph, recipe)
         if not self.dense.layers:
             raise UsageError("nothing to prune: no activation of a layer that takes part was found")
@@ -128,6 +133,7 @@ class Demon:
                 return
         raise UsageError("this is no copy of demon.module: make it with copy.deepcopy")
 
+    @in_turn
     def finish(self) -> CompileResult:
         """Prune for the last time, take out every inserted node, and hand over what is left."""
         if not self.events or self.events[-1].step != self.steps:
@@ -154,6 +160,7 @@ class Demon:
 
     # -- pruning --------------------------------------------------------------------------------
 
+    @in_turn
     def prune(self) -> Event:
         """Look for the dead now, and narrow. What goes wrong is in the record, and changes nothing.
 
@@ -230,8 +237,7 @@ class Demon:
         return self._instrumented(skeleton, new)
 
     def _verify(self, narrow: TracedModule, new: Narrowing) -> float:
-        device = next((p.device for p in narrow.parameters()), torch.device("cpu"))
-        inputs = first(next(iter(batches(self.calibration, device))), self.recipe.verify_samples)
+        inputs = first(next(batches(self.calibration, narrow)), self.recipe.verify_samples)
         return compare((self.module, self.now), (narrow, new), inputs)
 
     # -- state ----------------------------------------------------------------------------------
@@ -244,13 +250,19 @@ class Demon:
         }
         return {
             "steps": self.steps, "samples": self.samples, "gone": gone,
+            "neurons": {layer.node: layer.width for layer in self.dense.layers},
             "events": [event.model_dump(mode="json") for event in self.events],
             "generator": self.generator.get_state(),
             "controller": None if self.controller is None else self.controller.state(),
         }  # fmt: skip
 
     def _resume(self, state: Mapping[str, Any]) -> None:
-        """Take the shapes that an earlier demon had; its weights are to be loaded by the caller."""
+        """Take the shapes that an earlier demon had; its weights are to be loaded by the caller.
+
+        Raises `UsageError` where it was another network's.
+        """
+        if state.get("neurons") != {layer.node: layer.width for layer in self.dense.layers}:
+            raise UsageError("the state is not that of a demon of this network and recipe")
         gone = {}
         for layer in self.dense.layers:
             mask, level = torch.zeros(layer.width, dtype=torch.bool), torch.zeros(layer.width)

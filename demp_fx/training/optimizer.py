@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demp_fx.errors import UsageError
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.weights import select
 
@@ -35,16 +36,46 @@ def repoint(
 
 def follow(optimizer: torch.optim.Optimizer, moves: Mapping[Tensor, Move]) -> None:
     """Exchange parameters for their successors; parameters that are not in `moves` stay."""
+    flat = isinstance(optimizer, torch.optim.LBFGS)
+    row = optimizer.param_groups[0]["params"] if flat else []
     state: dict[Tensor, Any] = {
-        moves[p][0]: {key: _moved(value, p, moves[p][1]) for key, value in entries.items()}
+        moves[p][0]: {
+            key: _flat_moved(value, row, moves) if flat else _moved(value, p, moves[p][1])
+            for key, value in entries.items()
+        }
         for p, entries in optimizer.state.items()
         if p in moves
     }
     for p in moves:
         optimizer.state.pop(p, None)
     optimizer.state.update(state)
-    for group in optimizer.param_groups:
-        group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
+    for group in optimizer.param_groups:  # the lists stay: LBFGS holds its own by another name, too
+        group["params"][:] = [moves[p][0] if p in moves else p for p in group["params"]]
+    if flat:
+        optimizer._numel_cache = None  # type: ignore[attr-defined]
+
+
+def check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises `UsageError` where it trains nothing of the model."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"the optimizer is to be one of torch.optim's, not {optimizer!r}")
+    own = set(model.parameters())
+    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        raise UsageError("the optimizer has no parameter of this model: it is of another one")
+
+
+def _flat_moved(value: object, row: list[Tensor], moves: Mapping[Tensor, Move]) -> object:
+    """A state in which all parameters in a `row` are one vector, end to end."""
+    if isinstance(value, list):
+        return [_flat_moved(item, row, moves) for item in value]
+    sizes = [p.numel() for p in row]
+    if not isinstance(value, Tensor) or value.shape != (sum(sizes),):
+        return value
+    parts = [
+        moves[p][1](part.view_as(p)) if p in moves else part
+        for p, part in zip(row, value.split(sizes), strict=True)
+    ]
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _moved(value: object, parameter: Tensor, move: Callable[[Tensor], Tensor]) -> object:

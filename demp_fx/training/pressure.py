@@ -59,7 +59,7 @@ class Pressure:
         masks = {}
         for name, entries in self.parts.items():
             dim = entries[0][1]
-            mask = torch.zeros(entries[0][2].numel(), dtype=torch.bool)
+            mask = torch.zeros_like(entries[0][2], dtype=torch.bool)
             alone = torch.ones_like(mask)
             for node, _, channel in entries:
                 mine = channel >= 0

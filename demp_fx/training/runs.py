@@ -16,7 +16,7 @@ import shutil
 import signal
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,20 @@ class Run:
         say: Say = print, show: Show = lambda step, total, values: None,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.say, self.show = config, folder, say, show
-        self._claim(resume, overwrite)
+        new, resumed = not folder.exists(), self._claim(resume, overwrite)
+        try:
+            self._set_up(resume)
+            if not resumed:
+                self._begin()
+        except BaseException:
+            if new:  # nothing is in it yet
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def _set_up(self, resume: bool) -> None:
+        """Load data, model and checkpoint, and find out whether they fit."""
+        config, folder, say = self.config, self.folder, self.say
         self.values: dict[str, Any] = {}
         self.stop = False
         device = _device(config.device)
@@ -80,26 +93,33 @@ class Run:
         self.every = train.per_epoch if every is None else steps(every, self.trainer.total)
         self.offset = int(saved.state["metrics"]) if saved else 0
 
-    def _claim(self, resume: bool, overwrite: bool) -> None:
-        """Make the folder, or make sure that it is of the same run."""
+    def _claim(self, resume: bool, overwrite: bool) -> bool:
+        """Make the folder, or make sure that it is of the same run; whether that is resumed."""
         recipe = self.folder / RECIPE
         if recipe.is_file() and resume:
             if RunConfig.from_yaml(recipe) != self.config:
                 raise UsageError(f"{recipe} is not the recipe given: a run is resumed as it began")
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            if not overwrite or not recipe.is_file():
-                raise UsageError(
-                    f"{self.folder} exists: --resume goes on with the run in it, --overwrite "
-                    "begins anew (if there is a run in it)"
-                )
+            return True
+        full = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if full and not (overwrite and recipe.is_file()):
+            raise UsageError(
+                f"{self.folder} exists: --resume goes on with the run in it, --overwrite begins "
+                "anew (if there is a run in it)"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmitError(f"cannot write {self.folder}: {error}") from error
+        return False
+
+    def _begin(self) -> None:
+        """Clear the folder of an earlier run, now that nothing is wrong with this one."""
+        try:
             for entry in (CHECKPOINTS, NARROW, "tensorboard"):
                 shutil.rmtree(self.folder / entry, ignore_errors=True)
             for entry in (METRICS, RESULT, "report.html"):
                 (self.folder / entry).unlink(missing_ok=True)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.config.to_yaml(recipe)
+            self.config.to_yaml(self.folder / RECIPE)
         except OSError as error:
             raise EmitError(f"cannot write {self.folder}: {error}") from error
 

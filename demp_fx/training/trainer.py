@@ -302,5 +302,5 @@ def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise DivergedError(
             f"the loss is {loss} at step {step}: the training has diverged. Lower the learning "
-            "rate (or the penalty), or clip the gradient; the last checkpoint is from before"
+            "rate (or the penalty), or clip the gradient; checkpoints, if any, are from before"
         )

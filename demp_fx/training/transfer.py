@@ -147,7 +147,7 @@ class Snapshot:
             module.graph = graph
         if self.optimizer is not None:
             for group, params in zip(self.optimizer.param_groups, self.groups, strict=True):
-                group["params"] = params
+                group["params"][:] = params
             self.optimizer.state.clear()
             self.optimizer.state.update(self.state)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import demp_fx
@@ -98,6 +98,46 @@ def test_every_moment_is_sliced_and_step_counts_stay(name: str) -> None:
                 for dim, index in keep.get(key, {}).items():
                     value = value.index_select(dim, torch.tensor(index))
             assert torch.equal(torch.as_tensor(after[slot]), torch.as_tensor(value)), (key, slot)
+
+
+def test_a_history_of_all_parameters_in_one_vector_is_sliced() -> None:
+    def run(prune_every: int) -> tuple[demp_fx.Demon, list[float]]:
+        model, (x, y), losses = dying(), batch(0, 32), []
+        optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4)
+        recipe = Recipe(**{**QUIET, "prune_every": prune_every})
+        demon = demp_fx.Demon(model, optimizer, x[:2], recipe, probes())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(demon.module(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(6):
+            losses.append(float(optimizer.step(closure).detach()))
+            demon.step()
+        return demon, losses
+
+    (_, expected), (demon, found) = run(100), run(2)
+    assert demon.events[0].total_removed > 0
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert expected[-1] < expected[2]
+    vector = demon.optimizer.state_dict()["state"][0]["d"]
+    assert vector.numel() == sum(p.numel() for p in demon.module.parameters())
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="it is of another one"):
+        demp_fx.Demon(
+            Plain(), SGD(Plain().parameters(), 0.1), batch(0)[0], Recipe(**QUIET), probes()
+        )
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    state = make(Plain()).state_dict()
+    for other in (state, {"steps": 3}):
+        with pytest.raises(UsageError, match="of this network"):
+            demp_fx.Demon(Plain(10), None, batch(0)[0], Recipe(**QUIET), probes(), state=other)
 
 
 def test_every_parameter_is_still_trained_and_frozen_ones_are_not() -> None:

@@ -345,6 +345,10 @@ def test_learning_rates(schedule: dict[str, Any], expected: dict[int, float]) ->
             "3 outputs, the data has label 9",
         ),
         ({"model": "tests.training.nets:Plain"}, "the model does not take the images"),
+        (
+            {"data": {"kind": "factory", "factory": "tests.training.test_runs:not_pairs"}},
+            "data.factory: taking images and labels failed",
+        ),
     ],
 )
 def test_bad_recipes_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -352,6 +356,22 @@ def test_bad_recipes_are_named(changes: dict[str, Any], message: str, tmp_path: 
     result = invoke("train", path, "--out", tmp_path / "run", "--quiet")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_recipe_takes_nothing_from_an_earlier_run(tmp_path: Path) -> None:
+    folder, path = tmp_path / "run", write(tmp_path / "r.yaml", epochs=1)
+    assert invoke("train", path, "--out", folder, "--quiet").exit_code == 0
+    before = sorted(folder.rglob("*"))
+    worse = write(tmp_path / "worse.yaml", model="gone.py")
+    assert invoke("train", worse, "--out", folder, "--quiet", "--overwrite").exit_code == 2
+    assert sorted(folder.rglob("*")) == before
+    assert invoke("train", path, "--out", folder, "--quiet", "--resume").exit_code == 0
+
+
+def not_pairs() -> tuple[list[int], list[int]]:
+    """No datasets of (image, label)."""
+    return [1, 2], [3]
 
 
 def broken() -> nn.Module:

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from demp_fx.channels.blanks import adopt
 from demp_fx.channels.blocks import repeats_along
+from demp_fx.channels.constraints import Blocks, Grouping, Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.contract import add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.rules.samplewise import samples_in, samplewise
-from demp_fx.channels.stream import STRUCTURE, Rule, Stream
-from demp_fx.channels.system import Blocks, Grouping, Read
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
+from demp_fx.channels.values import STRUCTURE
 
 aten = torch.ops.aten
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.couple import couple
 from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
