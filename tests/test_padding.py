@@ -365,3 +365,33 @@ def test_margins_that_are_joined_on_have_the_channels_of_what_they_are_joined_wi
     if name != "ones_like":  # of which the convolution reads all
         assert narrow.get_parameter("stem.weight").size(0) == 4
         assert narrow.get_parameter("conv.weight").shape == (4, 4, 3)
+
+
+AROUND: dict[str, Callable[[], nn.Module]] = {
+    "module": lambda: nn.Sequential(nn.CircularPad1d((2, 1)), nn.Conv1d(8, 8, 4)),
+    "mode": lambda: nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+    "one_end": lambda: nn.Sequential(nn.CircularPad1d((2, 0)), nn.Conv1d(8, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_padded_from_the_other_end_is_known_as_that_is(name: str, shift: float) -> None:
+    torch.manual_seed(0)
+    stem, norm, conv, head = (
+        nn.Conv1d(3, 8, 1),
+        nn.BatchNorm1d(8),
+        AROUND[name](),
+        nn.Conv1d(8, 2, 1),
+    )
+    net = nn.Sequential(stem, norm, conv, nn.ReLU(), head).double().eval()
+    filters = next(m for m in conv.modules() if isinstance(m, nn.Conv1d))
+    with torch.no_grad():
+        norm.weight[:4], norm.bias[:4] = 0, shift
+        filters.weight[4:] = filters.bias[4:] = 0  # type: ignore[index]
+    x = torch.randn(2, 3, 9).double()
+    narrow = demp_fx.compile(net, x[:1], cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").size(0) == 4
+    assert narrow.get_parameter("4.weight").size(1) == 4

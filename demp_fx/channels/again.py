@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from demp_fx.channels.constraints import Edge, Read
 from demp_fx.channels.labels import Labels, repeats, varying
+from demp_fx.channels.nodes import Nodes
 from demp_fx.channels.places import Places
 from demp_fx.channels.system import Mark, System
 from demp_fx.channels.value import Value
@@ -44,6 +45,15 @@ def lost(walk: Places, start: Mark, before: Mapping[fx.Node, Value], out: Any) -
                 found.append(n)
                 break
     return found
+
+
+def wanted_elsewhere(walk: Nodes, node: fx.Node) -> list[fx.Node]:
+    """What goes into one of several calls of a layer, where some of it is known: other calls may
+    want those channels, for which they are put back in this one."""
+    if node.op != "call_module" or walk.calls[str(node.target)] < 2:
+        return []
+    given = ((n, walk.env[n]) for n in node.all_input_nodes)
+    return [n for n, t in given if isinstance(t, Tensor) and is_supplied(walk.value(t))]
 
 
 def fixed(walk: Places, start: Mark, before: Mapping[fx.Node, Value]) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -39,7 +40,8 @@ class RefusalError(UsageError):
 class Nodes(Layers):
     """A stream of ATen ops under the nodes of one graph, which are called one by one.
 
-    `opaque`: the modules that are not looked into.
+    `opaque`: the modules that are not looked into; `calls`: how often each layer is called that has
+    parameters.
     """
 
     def __init__(
@@ -51,6 +53,10 @@ class Nodes(Layers):
         notes = graph.meta.get("demp_fx")
         self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
         self.layers = dict(graph.named_modules(remove_duplicate=False))
+        self.calls = Counter(
+            str(n.target) for n in graph.graph.nodes
+            if n.op == "call_module" and self.layers[str(n.target)]._parameters
+        )  # fmt: skip
 
     def _number(self, node: fx.Node) -> Any:
         """What a node makes of sizes and numbers alone, which no rule has to see; else None."""

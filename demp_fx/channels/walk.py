@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from demp_fx.calls import called
-from demp_fx.channels.again import fixed, is_supplied, lost
+from demp_fx.channels.again import fixed, is_supplied, lost, wanted_elsewhere
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
+from demp_fx.channels.circular import circular_in_parts
 from demp_fx.channels.constraints import Blocks, Site
 from demp_fx.channels.crops import Crops
 from demp_fx.channels.facts import Facts, agreed
@@ -72,7 +73,7 @@ class Walk(Nodes):
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
         with (torch.no_grad(), without_collection(), preserved(_coded(self.graph)),
-              on_meta(self.graph) as twins):  # fmt: skip
+              circular_in_parts(), on_meta(self.graph) as twins):  # fmt: skip
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 if node.op == "get_attr":
@@ -135,7 +136,8 @@ class Walk(Nodes):
         self._catch_up(node)
         cropped = self.crops.dims(node)
         start, writes = self.system.mark(), dict(self.writes)
-        entered = self._entered(node, cropped)
+        wanted = set(wanted_elsewhere(self, node)) if self.with_facts else set()
+        entered = self._entered(node, cropped, wanted)
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
         known = set(fixed(self, start, before))
@@ -149,7 +151,7 @@ class Walk(Nodes):
                 entered[n].__dict__["demp"] = value
             for n in known & self.made:
                 self._label(n, merge=True)
-            entered = self._entered(node, cropped, again, known)
+            entered = self._entered(node, cropped, again | wanted, known)
             out = self._call(node, entered)
         self.env[node] = out
         self._classify(node, entered)
