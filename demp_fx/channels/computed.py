@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from demp_fx.tracing.states import written_among
 from demp_fx.trees import tensors_of
 
 NOTHING: Mapping[fx.Node, Any] = MappingProxyType({})
@@ -53,8 +54,12 @@ def numbers_in(
     found: dict[fx.Node, int] = {}
     for n, t in entered.items():
         if isinstance(t, Tensor) and t.is_meta and not t.dim() and not t.is_floating_point():
+            known: dict[fx.Node, Any] = {}
             try:
-                found[n] = computed(n, graph, {}, sizes).item()
+                number = computed(n, graph, known, sizes).item()
             except Exception:
                 continue
+            held = {str(k.target) for k in known if k.op == "get_attr"}
+            if not written_among(graph.graph, held):  # a counter has another one at the next call
+                found[n] = number
     return found

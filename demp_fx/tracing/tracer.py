@@ -54,6 +54,7 @@ from demp_fx.tracing.states import (
     changed_attributes,
     kept_memory,
     memory_of,
+    written_among,
     written_attributes,
 )
 from demp_fx.tracing.submodules import Submodules, any_keyword, hears_gradients, is_hooked
@@ -140,6 +141,8 @@ class Tracer(Submodules):
             before = attributes(root)
             try:
                 graph = super().trace(root, concrete_args)
+                if changing := written_among(graph, self.values.asked):
+                    raise TypeError(f"{changing} is asked for, and changed")
                 keep_in_place(graph, self.augmented, self.values.of_node)
                 self.changed = written_attributes(graph, root, before)
             finally:

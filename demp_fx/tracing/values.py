@@ -103,6 +103,10 @@ class Values(fx.Interpreter):
         flags: the proxies that stand for them.
         state: the parameters, buffers and other tensors that modules have as attributes, by name;
             forward may have assigned to them since.
+
+    Attributes:
+        numbers: those of the code's own that are in buffers, by name.
+        asked: which of them something was decided by.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class Values(fx.Interpreter):
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.modes, self.flags, self.state = modes, flags, state
         self.training = {flag.target: modes[module] for module, flag in flags.items()}
-        self.numbers = dict(_numbers(root))
+        self.numbers, self.asked = dict(_numbers(root)), set[str]()
         self.device = next((t.device for t in state.values()), torch.device("cpu"))
         self.busy = False  # modules run for real: nothing is to be recorded
         self.tried: set[fx.Node] = set()
@@ -152,6 +156,7 @@ class Values(fx.Interpreter):
         if node.op == "get_attr" and node.target not in self.state:
             return self.fetch_attr(str(node.target))  # a tensor that the code has made
         if node.op == "get_attr" and node.target in self.numbers and not is_written(node):
+            self.asked.add(str(node.target))
             return self.numbers[str(node.target)]
         drawn = getattr(node.target, "__name__", node.target) in DRAWS
         if drawn or node.op not in ("call_function", "call_method"):
