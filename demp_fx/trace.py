@@ -29,6 +29,7 @@ from demp_fx.turns import default_device, in_turn
 
 # Attributes of a graph module that parts of a model would have to share a name with.
 RESERVED = {*dir(TracedModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+UNWRITABLE = {'"', "\\", "\n"}  # what fx would have to escape in strings
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> TracedModule:
@@ -208,7 +209,11 @@ def _checked(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has a submodule, parameter or buffer called {min(own)!r}, "
             "and an fx.GraphModule something of its own: give it another name"
         )
-    for name, tensor in named_state(model):
+    state = list(named_state(model))
+    for name in (*dict(model.named_modules()), *(name for name, _ in state)):
+        if not UNWRITABLE.isdisjoint(name):
+            raise TraceError(f"torch.fx cannot write code with the name {name!r}: give it another")
+    for name, tensor in state:
         if nn.parameter.is_lazy(tensor):
             raise UsageError(f"{name} has no shape yet: run the model once on example inputs first")
     return model

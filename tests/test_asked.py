@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import demp_fx
+from demp_fx.channels.cuts import Cuts
 from demp_fx.errors import UsageError
 from demp_fx.passes import make_plan
 
@@ -62,6 +63,18 @@ def test_a_layer_that_is_kept_keeps_its_shape(keep: str | list[str]) -> None:
         "head.weight": (10, 19),
     }  # fmt: skip
     assert any("it is to be kept" in pin.reason for pin in result.report.pinned)
+
+
+@pytest.mark.parametrize("cuts", ["always", "never"])
+def test_a_grouped_convolution_keeps_the_inputs_of_its_blocks(cuts: Cuts) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 4, 1))
+    with torch.no_grad():
+        for p in net[0].double().parameters():
+            p[[0, 5]] = 0
+    kept = demp_fx.compile(net.double().eval(), X, keep=["1"], cuts=cuts).module
+    assert kept.get_parameter("1.weight").shape == (6, 4, 3, 3)
+    assert kept.get_parameter("0.weight").shape[0] == (6 if cuts == "always" else 8)
+    torch.testing.assert_close(kept(X), net(X), rtol=1e-12, atol=1e-12)
 
 
 def test_widths_are_rounded_up_to_a_multiple() -> None:

@@ -96,3 +96,10 @@ def test_names_that_python_has_taken() -> None:
     for narrow in (module, copy.deepcopy(module), written):
         for a, b in zip(narrow(x), model(x), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb"])
+def test_names_that_cannot_be_written_are_refused(name: str) -> None:
+    heads = nn.ModuleDict({name: nn.Linear(4, 2)})
+    with pytest.raises(TraceError, match="give it another"):
+        demp_fx.trace(nn.Sequential(nn.Linear(4, 4), heads), torch.randn(2, 4))

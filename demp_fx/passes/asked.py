@@ -40,10 +40,12 @@ class Asked:
             }
             if not kept:
                 raise UsageError(f"keep: no layer with parameters fits {pattern!r}")
-            for axis in walk.system.axes:
-                if axis.owner in kept:
+            pinned = [(axis.owner, axis.atoms) for axis in walk.system.axes]
+            pinned += [(g.weight, g.second) for g in walk.system.groupings]
+            for owner, atoms in pinned:
+                if owner in kept:
                     reason = f"it is to be kept: {pattern}"
-                    walk.system.pin(axis.atoms, reason, Site("keep", axis.owner))
+                    walk.system.pin(atoms, reason, Site("keep", owner))
 
     def pin_widths(self, walk: Walk, solution: Solution) -> bool:
         """Keep some of the dead where a width of a weight is no multiple; whether there are any.
