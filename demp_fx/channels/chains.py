@@ -77,7 +77,8 @@ class Chains:
         """Move the numbers of all places along the chain, and see whether one axis was picked (and
         the gradient with it)."""
         source = self.env[chain.source]
-        dims = {d for d in dims if not _is_merged(source, d)}
+        # some of the labels are of values on the way, which may have more dims
+        dims = {d for d in dims if d < source.dim() and not _is_merged(source, d)}
         places = torch.arange(source.numel(), dtype=torch.float64).reshape(source.shape)
         try:
             with torch.enable_grad():

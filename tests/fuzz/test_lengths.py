@@ -34,6 +34,7 @@ def check(steps: list[str], read: str, tokens: int) -> None:
 @example(["more in front", "one and others"], "last", 8)
 @example(["apart", "shifted", "last places"], "mean", 9)
 @example(["apart", "without the first"], "last", 8)
+@example(["apart", "without the first", "without the first"], "all", 8)
 @example(["mixed by a layer"], "last", 8)
 @example(["late"], "mean", 8)
 def test_a_narrow_network_takes_any_number_of_tokens(
