@@ -117,32 +117,36 @@ def compile(
             report.verification = verify_pass(
                 model, module, probe, observed=samples > 0, train=train, traced=graph
             )
-        decided = [f"; {a}" for a in report.assumptions if a.endswith("inputs' sizes")]
-        if report.verification.fixed:
-            report.warnings.append(
-                "holds for inputs of the example's sizes only, which the trace took as given"
-                + "".join(decided)
-            )
-        elif report.verification.sized:
-            report.warnings.append(
-                "inputs of other sizes may go another way through the original's code, which was "
-                "not followed" + "".join(decided)
-            )
-        if report.verification.forgets:
-            lost = [f"; {a}" for a in report.assumptions if a.endswith("result does not keep")]
-            report.warnings.append(
-                "holds for a first call only: the original keeps something from call to call that "
-                "was not followed" + "".join(lost)
-            )
-        both = None not in (report.verification.eval_error, report.verification.train_error)
-        if train and not both and followed_mode(module):
-            lines = "; ".join(followed_mode(module))
-            report.warnings.append(f"not compared in both modes: the original's code asks: {lines}")
+        report.warnings += _reservations(report, module, train)
     if optimizer is not None:
         with clock("optimizer"):
             repoint(optimizer, model, module, plan)
     report.seconds = clock.seconds
     return CompileResult(module, plan, report)
+
+
+def _reservations(report: CompileReport, module: fx.GraphModule, train: bool) -> list[str]:
+    """What verification has found that a user should know of; `train`: it was to compare that mode,
+    too."""
+    proof, found = report.verification, []
+    assert proof is not None
+
+    def noted(ending: str) -> str:
+        return "".join(f"; {a}" for a in report.assumptions if a.endswith(ending))
+
+    if proof.fixed:
+        what = "holds for inputs of the example's sizes only, which the trace took as given"
+        found.append(what + noted("inputs' sizes"))
+    elif proof.sized:
+        what = "inputs of other sizes may go another way through the original's code, which was "
+        found.append(what + "not followed" + noted("inputs' sizes"))
+    if proof.forgets:
+        what = "holds for a first call only: the original keeps something from call to call that "
+        found.append(what + "was not followed" + noted("result does not keep"))
+    if train and None in (proof.eval_error, proof.train_error) and followed_mode(module):
+        lines = "; ".join(followed_mode(module))
+        found.append(f"not compared in both modes: the original's code asks: {lines}")
+    return found
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -18,7 +18,6 @@ from torch import fx, nn
 
 from demp_fx.errors import DempError, TraceError, UsageError
 from demp_fx.inputs import ExampleInputs, Inputs
-from demp_fx.tracing.exported import Exporter
 from demp_fx.tracing.merge import DiffersError, Version, merge
 from demp_fx.tracing.module import TracedModule, TraceNotes, draft
 from demp_fx.tracing.preserve import preserved
@@ -106,6 +105,8 @@ def _graph(
         raise
     except Exception as error:
         failure, where, why = error, failed_at(error), first_line(error)
+    from demp_fx.tracing.exported import Exporter  # torch.export takes half a second to import
+
     exporter = Exporter(model, bind())
     try:
         exported = exporter.trace()

@@ -59,3 +59,25 @@ def test_a_decision_is_no_check(decision: Callable[[Tensor], object]) -> None:
 
     with pytest.raises(TraceError, match=str(checks.__file__)):
         demp_fx.trace(Decides(decision), X)
+
+
+def test_a_function_that_is_called_may_ask_for_a_type() -> None:
+    """Python says of who calls it that he is in the middle of an instruction."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.bias = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.attention
+            found, _ = nn.functional.multi_head_attention_forward(
+                x, x, x, 4, 2, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0,
+                a.out_proj.weight, a.out_proj.bias, attn_mask=self.bias(x),
+            )  # fmt: skip
+            return found
+
+    model = nn.Sequential(Attends(), nn.Linear(4, 2)).double()
+    graph = demp_fx.trace(model, X)
+    assert (graph.meta["demp_fx"].exported, graph.meta["demp_fx"].opaque) == ("", {})
+    torch.testing.assert_close(graph(X), model(X), rtol=1e-12, atol=1e-12)

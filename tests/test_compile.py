@@ -383,6 +383,40 @@ def test_pairs_of_input_and_target_calibrate_too() -> None:
     assert result.report.dead_observed == 1
 
 
+class Largest(nn.Module):
+    """Channels that are shut once any of the samples is large there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        self.hidden.weight.data = torch.eye(4)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last((1 - self.hidden(x).amax(0, keepdim=True)).relu())
+        return out
+
+
+def test_what_samples_do_together_is_compared_with_all_of_them() -> None:
+    model, data = Largest(), torch.zeros(8, 4, dtype=torch.float64)
+    data[6, :2] = 2  # the first few samples leave all channels open
+    result = demp_fx.compile(model, data, calibration=[data])
+    assert result.module.get_submodule("hidden").out_features == 2
+    assert result.report.verification is not None
+    assert result.report.verification.batch == 8
+    assert torch.allclose(result.module(data), model(data))
+
+
+def test_few_samples_are_compared_where_each_is_for_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double().eval()
+    model[0].weight.data[:4], model[0].bias.data[:4] = 0, -1
+    data = torch.randn(64, 4, dtype=torch.float64)
+    for calibration in (None, [data]):
+        found = demp_fx.compile(model, data, calibration=calibration).report.verification
+        assert found is not None
+        assert found.batch < 8
+
+
 def test_no_calibration_data_is_an_error() -> None:
     with pytest.raises(UsageError, match="empty"):
         demp_fx.compile(Net(), image(2, 3, 8, 8), calibration=[])
@@ -512,7 +546,7 @@ class Chaotic(nn.Module):
 
 def test_what_a_network_makes_of_rounding_is_no_error() -> None:
     torch.manual_seed(0)
-    model, x = Chaotic(26), torch.randn(64, 6, dtype=torch.float64)
+    model, x = Chaotic(26), torch.randn(1, 64, 6, dtype=torch.float64)
     result = demp_fx.compile(model, x)
     found = result.report.verification
     assert found is not None

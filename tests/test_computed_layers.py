@@ -161,3 +161,17 @@ def test_what_is_computed_in_another_way_in_each_mode_stays_whole() -> None:
     proof = result.report.verification
     assert proof is not None
     assert proof.train_error == 0
+
+
+def test_inputs_that_a_pruner_has_switched_off_are_read_by_nobody() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU()).double()
+    prune.ln_structured(net[2], "weight", amount=0.5, n=1, dim=1)
+    prune.ln_structured(net[2], "weight", amount=0.5, n=2, dim=0)
+    net.append(nn.Conv2d(6, 2, 1).double())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    narrow = demp_fx.compile(net, x, cuts="always").module
+    assert narrow.get_parameter("0.weight").shape == (4, 3, 1, 1)
+    assert narrow.get_parameter("2.weight_orig").shape[1:] == (4, 3, 3)
+    assert narrow.get_buffer("2.weight_mask").shape[1:] == (4, 3, 3)
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

@@ -450,3 +450,33 @@ def test_what_leaves_a_weight_under_spectral_norm(kernel: int) -> None:
     assert relative_error(narrow(x), net(x)) <= 1e-12
     assert narrow.get_parameter("0.weight").size(0) == 4
     assert narrow.get_parameter("3.weight").size(1) == 3
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_leaves_a_weight_whose_norms_are_limited(kept: bool) -> None:
+    """A filter that is longer than it may be is made shorter, whatever the others are: that hangs
+    on all of its inputs. The parameter itself may be `kept` so, and has to be read as a whole."""
+
+    class Limited(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            if kept:
+                self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.4)
+                return super().forward(x)
+            return F.conv1d(x, self.weight.renorm(2, -3, 0.4), self.bias)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), Limited(8, 6, 3), nn.BatchNorm1d(6),
+        nn.Conv1d(6, 2, 1),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        net[1].weight[:4] = net[1].bias[:4] = 0
+        net[2].weight[::2] = net[2].bias[::2] = 0
+        net[3].weight[::2] = net[3].bias[::2] = 0
+    x = torch.randn(4, 3, 9).double()
+    narrow = demp_fx.compile(net.eval(), x, cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").size(0) == (8 if kept else 4)
+    assert narrow.get_parameter("2.weight").shape == (3, 8, 3)
+    assert narrow.get_parameter("4.weight").size(1) == 3

@@ -14,7 +14,7 @@ import demp_fx
 from demp_fx.inputs import Inputs
 from demp_fx.passes import doubled
 from demp_fx.passes.calls import run, runs
-from demp_fx.passes.verify import difference
+from demp_fx.passes.sides import difference
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(12, 7),

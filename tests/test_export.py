@@ -20,8 +20,9 @@ from demp_fx.channels.cuts import Cuts
 from demp_fx.emit.module import source
 from demp_fx.errors import TraceError
 from demp_fx.inputs import Inputs
+from demp_fx.passes.calls import run
+from demp_fx.passes.sides import difference
 from demp_fx.passes.still import Still
-from demp_fx.passes.verify import difference, run
 from demp_fx.tracing.module import TracedModule
 from tests.zoo.transformers_networks import HIDDEN, TRANSFORMERS, build, kill_hidden
 

@@ -179,3 +179,26 @@ def test_tokens_of_the_input_are_as_many_as_it_has() -> None:
     for length in (5, 9):
         x = torch.randn(3, length, 6).double()
         torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_sequences_at_which_samples_are_mixed_are_no_reason_to_refuse() -> None:
+    """Half as long ones make half as many rows: two samples fit into the one row that is left."""
+
+    class Flattening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv1d(3, 8, 3, padding=1), nn.MaxPool1d(2)
+            self.head = nn.Linear(8 * 16, 3)
+            with torch.no_grad():
+                self.conv.weight[::2] = self.conv.bias[::2] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.pool(self.conv(x)).view(-1, 8 * 16))
+            return result
+
+    torch.manual_seed(0)
+    model = Flattening()
+    assert model(torch.randn(2, 3, 17)).shape == (1, 3)
+    result = demp_fx.compile(model, torch.randn(2, 3, 32))
+    assert result.module.get_parameter("head.weight").shape == (3, 4 * 16)
+    assert not any("sizes" in note for note in result.report.assumptions)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,11 +115,15 @@ class Chosen(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_a_module_that_torchscript_has_compiled_stays_whole() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [
+    lambda: torch.jit.script(Chosen()),
+    lambda: torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3)),
+])  # fmt: skip
+def test_a_module_that_torchscript_has_compiled_stays_whole(compiled: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), torch.jit.script(Chosen()),
+        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), compiled(),
         nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2),
     ).double()  # fmt: skip
     with torch.no_grad():
@@ -213,3 +218,31 @@ def test_code_that_asks_for_the_device_gets_the_models() -> None:
 
     model, x = Asks(), torch.randn(3, 6)
     torch.testing.assert_close(demp_fx.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [bool, int, float, complex])
+def test_types_of_python_are_types_of_tensors(kind: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[1], device=x.device, dtype=kind)
+        return x * ones.to(kind).abs() if kind is not bool else x.masked_fill(~ones, 0)
+
+    model = Asks(function)
+    narrow = demp_fx.compile(model, X).module
+    assert narrow.get_parameter("read.weight").shape == (3, 3)
+    torch.testing.assert_close(narrow(X), model(X), rtol=1e-12, atol=1e-12)
+
+
+OFFSETS = np.array([0, 3, 1])
+WITH_ARRAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "new_tensor": lambda x: x * x.new_tensor(OFFSETS).sum(),
+    "index": lambda x: x.flip(0)[OFFSETS],
+    "operand": lambda x: torch.mul(x[:3], torch.as_tensor(OFFSETS, device=x.device).unsqueeze(1)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_ARRAYS)
+def test_arrays_of_numpy_are_numbers_in_the_code(name: str) -> None:
+    model = Asks(WITH_ARRAYS[name])
+    narrow = demp_fx.compile(model, X).module
+    assert narrow.get_parameter("make.weight").shape == (3, 4)
+    torch.testing.assert_close(narrow(X), model(X), rtol=1e-12, atol=1e-12)

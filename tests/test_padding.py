@@ -14,6 +14,7 @@ import demp_fx
 from demp_fx.channels.cuts import Cuts
 from demp_fx.errors import VerificationError
 from demp_fx.passes import verify
+from tests.zoo.kill import relative_error
 
 ALIKE = ([], [], [0, 1, 14, 15])  # what is dead behind the stem, in the branch and on the stream
 SOME = ([0, 1, 2], [1, 3, 5, 7], [0, 1, 4, 5, 6, 12, 13])
@@ -241,6 +242,60 @@ def test_a_convolution_whose_padding_depends_on_the_input_folds_no_constants() -
     torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
 
 
+class Frames(nn.Module):
+    """Keeps its stride and kernel in tensors, and pads up to whole frames."""
+
+    def __init__(self, wide: int, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(wide, channels, kernel, stride)
+        self.stride = nn.Buffer(torch.tensor(stride), persistent=False)
+        self.kernel = nn.Buffer(torch.tensor(kernel), persistent=False)
+        self.before = nn.Buffer(self.kernel - self.stride, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[-1]
+        frames = torch.ceil((length - self.kernel + self.before) / self.stride + 1).long() - 1
+        behind = frames * self.stride + self.kernel - self.before - length
+        y: Tensor = self.conv(F.pad(x, (self.before, behind)))
+        return y
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7])
+def test_what_is_padded_may_be_worked_out_of_numbers_in_buffers(constant: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Frames(2, 8, 7, 1), nn.ReLU(), Frames(8, 6, 4, 4)).double().eval()
+    with torch.no_grad():
+        model[0].conv.weight[:5], model[0].conv.bias[:5] = 0, constant
+    narrow = demp_fx.compile(model, torch.randn(2, 2, 16, dtype=torch.float64)).module
+    for length in (16, 17, 32):  # the first one is whole frames
+        x = torch.randn(3, 2, length, dtype=torch.float64)
+        torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+    assert narrow.get_submodule("2.conv").in_channels == (8 if constant else 3)
+
+
+def test_places_may_be_counted_by_a_number_in_a_tensor_of_sizes() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            sizes = torch.tensor([(x.shape[1], x.shape[2])], device=x.device)
+            height = sizes[0, 0]
+            rows = torch.arange(0, height, dtype=x.dtype, device=x.device) / height
+            result: Tensor = self.read(self.make(x).relu() * rows.view(1, -1, 1, 1))
+            return result
+
+    torch.manual_seed(0)
+    model = Rows().double()
+    with torch.no_grad():
+        model.make.weight[:5] = model.make.bias[:5] = 0
+    narrow = demp_fx.compile(model, torch.randn(2, 5, 6, 4, dtype=torch.float64)).module
+    assert narrow.get_parameter("make.weight").shape == (3, 4)
+    x = torch.randn(3, 7, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(narrow(x), model(x), rtol=0, atol=1e-12)
+
+
 def test_images_are_compared_that_no_window_divides() -> None:
     model = Windows(UP_TO_WINDOWS["pad"])
     wrong = Windows(lambda x: F.pad(x, (0, missing(x)), value=1.0))
@@ -271,3 +326,72 @@ def test_maps_that_only_happen_to_fit_are_no_reason_to_refuse() -> None:
     result = demp_fx.compile(model, x, cuts="always")
     torch.testing.assert_close(result.module(x), model(x), rtol=1e-12, atol=1e-12)
     assert any("other sizes" in warning for warning in result.report.warnings)
+
+
+JOINED_ON: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda x: torch.cat([torch.zeros(x.shape[0], x.shape[1], 2, dtype=x.dtype), x], 2),
+    "new_zeros": lambda x: torch.cat([x.new_zeros(len(x), x.size(1), 2), x], -1),
+    "ones_like": lambda x: torch.cat([torch.ones_like(x[:, :, :2]), x], 2),
+    "stack": lambda x: torch.stack([x, torch.zeros(x.shape, dtype=x.dtype)], 3).flatten(2),
+}
+
+
+@pytest.mark.parametrize("name", JOINED_ON)
+def test_margins_that_are_joined_on_have_the_channels_of_what_they_are_joined_with(
+    name: str,
+) -> None:
+    """Time steps of zeros in front of a causal convolution, say."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8)
+            self.conv, self.head = nn.Conv1d(8, 8, 3), nn.Conv1d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(JOINED_ON[name](self.norm(self.stem(x)).relu()))
+            result: Tensor = self.head(x.relu())
+            return result
+
+    torch.manual_seed(0)
+    model = Causal().double().eval()
+    with torch.no_grad():
+        model.norm.weight[:4] = model.norm.bias[:4] = 0
+        model.conv.weight[4:] = model.conv.bias[4:] = 0
+    x = torch.randn(2, 3, 9).double()
+    narrow = demp_fx.compile(model, x[:1], cuts="always").module
+    assert relative_error(narrow(x), model(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), model.train()(x)) <= 1e-12
+    if name != "ones_like":  # of which the convolution reads all
+        assert narrow.get_parameter("stem.weight").size(0) == 4
+        assert narrow.get_parameter("conv.weight").shape == (4, 4, 3)
+
+
+AROUND: dict[str, Callable[[], nn.Module]] = {
+    "module": lambda: nn.Sequential(nn.CircularPad1d((2, 1)), nn.Conv1d(8, 8, 4)),
+    "mode": lambda: nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+    "one_end": lambda: nn.Sequential(nn.CircularPad1d((2, 0)), nn.Conv1d(8, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_padded_from_the_other_end_is_known_as_that_is(name: str, shift: float) -> None:
+    torch.manual_seed(0)
+    stem, norm, conv, head = (
+        nn.Conv1d(3, 8, 1),
+        nn.BatchNorm1d(8),
+        AROUND[name](),
+        nn.Conv1d(8, 2, 1),
+    )
+    net = nn.Sequential(stem, norm, conv, nn.ReLU(), head).double().eval()
+    filters = next(m for m in conv.modules() if isinstance(m, nn.Conv1d))
+    with torch.no_grad():
+        norm.weight[:4], norm.bias[:4] = 0, shift
+        filters.weight[4:] = filters.bias[4:] = 0  # type: ignore[index]
+    x = torch.randn(2, 3, 9).double()
+    narrow = demp_fx.compile(net, x[:1], cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").size(0) == 4
+    assert narrow.get_parameter("4.weight").size(1) == 4

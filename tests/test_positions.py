@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import demp_fx
 
@@ -38,3 +40,64 @@ def test_tokens_that_nobody_reads_are_as_many_as_the_input_has() -> None:
     assert narrow.get_parameter("out.weight").shape == (4, 4)
     others = (torch.randn(3, 7, 6).double(), torch.randn(3, 12, 6).double())
     torch.testing.assert_close(narrow(*others), model(*others), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_mask_of_the_samples_that_is_repeated_for_heads_has_no_channels(batch: int) -> None:
+    class Heads(nn.Module):
+        """Heads in the batch, and a mask of ones that is repeated for each of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.value, self.out = nn.Linear(5, 12), nn.Linear(12, 5)
+            with torch.no_grad():
+                self.value.weight[[0, 1, 2, 3, 5, 8]] = 0
+                self.value.bias[[0, 1, 2, 3, 5, 8]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            many, length = x.shape[:2]
+            mask = torch.ones(many, length, dtype=x.dtype)
+            for _ in range(2):
+                v = self.value(x).view(many, length, 3, 4).transpose(1, 2)
+                v = v.reshape(many * 3, length, 4)
+                each = mask.unsqueeze(1).repeat_interleave(3, dim=1).reshape(many * 3, length)
+                v = (v @ v.transpose(1, 2) * each[:, None, :]) @ v
+                x = x + self.out(v.reshape(many, 3, length, 4).transpose(1, 2).flatten(2))
+            return x
+
+    torch.manual_seed(0)
+    model = Heads().double()
+    x = torch.randn(batch, 7, 5, dtype=torch.float64)
+    narrow = demp_fx.compile(model, x, cuts="always").module
+    assert narrow.get_parameter("value.weight").shape == (6, 5)
+    x = torch.randn(3, 9, 5, dtype=torch.float64)
+    torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_of_positions_is_as_large_as_the_image() -> None:
+    """It is resized, and flattened: its places are no channels that somebody may do without."""
+
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.places = nn.Parameter(torch.randn(1, 8, 10, 10))
+            self.first, self.out = nn.Parameter(torch.randn(1, 3, 8)), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            size = x.shape[2] // 4, x.shape[3] // 4
+            places = F.interpolate(self.places, size=size, mode="bilinear")
+            x = self.patch(x).flatten(2).mT + places.flatten(2).mT
+            x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1)
+            x = x + self.mix(x).relu()
+            return self.out(x[:, :2]), self.out(x[:, 3:])
+
+    torch.manual_seed(0)
+    model = Image().double()
+    with torch.no_grad():
+        model.out.weight[:, :4] = 0
+    narrow = demp_fx.compile(model, torch.randn(2, 3, 16, 16).double(), cuts="always").module
+    assert narrow.get_parameter("out.weight").shape == (5, 4)
+    for height, width in (16, 16), (8, 24):
+        x = torch.randn(2, 3, height, width).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

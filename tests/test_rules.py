@@ -20,7 +20,7 @@ from demp_fx.channels.rules.pointwise import FUNCTIONS
 from demp_fx.channels.stream import FAILED
 from demp_fx.emit.module import source
 from demp_fx.errors import UsageError
-from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.autograd import Apply
 
 GUIDE = Path(__file__).parent.parent / "docs" / "custom_ops.md"
 DEAD = [0, 1, 5]

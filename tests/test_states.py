@@ -188,3 +188,30 @@ def test_what_is_only_written_down_is_not_kept() -> None:
     narrow = demp_fx.compile(net, torch.randn(3, 6)).module
     assert narrow.get_parameter("0.weight").shape == (5, 6)
     assert narrow(torch.randn(4, 6)).shape == (4, 5)
+
+
+def test_a_state_that_is_assigned_as_it_was_is_not_written_to() -> None:
+    class Positions(nn.Module):
+        """Makes its table anew where it is too short."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.place, self.read = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+            self.register_buffer("table", torch.randn(20, 8))
+
+        def longer(self, length: int) -> Tensor:
+            return self.table if length <= len(self.table) else torch.randn(length, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.table = self.longer(x.shape[1])
+            result: Tensor = self.read(self.make(x) + self.place(self.table[: x.shape[1]]))
+            return result
+
+    torch.manual_seed(0)
+    net, x = Positions().double(), torch.randn(2, 4, 6).double()
+    with torch.no_grad():
+        net.read.weight[:, :3] = 0
+    narrow = demp_fx.compile(net, x).module
+    assert narrow.get_parameter("make.weight").shape == (5, 6)
+    narrow(x).square().sum().backward()  # what is written to is no longer there for gradients
+    torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)

@@ -99,7 +99,32 @@ OF_INPUTS: dict[str, Callable[[], nn.Sequential]] = {
     "layer": lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)),
     "batch": lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Conv1d(6, 4, 1)),
     "group": lambda: nn.Sequential(nn.GroupNorm(3, 6), nn.Conv1d(6, 4, 1)),
+    "root mean square": lambda: nn.Sequential(ScaledRMSNorm(6), nn.Linear(6, 4)),
+    "by hand": lambda: nn.Sequential(HandmadeNorm(6), nn.Linear(6, 4)),
 }
+
+
+class ScaledRMSNorm(nn.RMSNorm):
+    """Shifted as well."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
+class HandmadeNorm(nn.LayerNorm):
+    """Its scale is computed of several."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.offset = nn.Buffer(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+        return x * (self.offset * self.weight) + self.bias
 
 
 @pytest.mark.parametrize("norm", OF_INPUTS)
@@ -305,6 +330,57 @@ def test_inputs_that_no_filter_of_their_group_hears_go(kind: Any) -> None:
     assert result.module.get_parameter("0.weight").shape == (4, 3, 1)
     assert result.module.get_parameter("1.weight").shape == (4,)
     torch.testing.assert_close(result.module(x), net(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("inputs", "groups"), [(6, 6), (6, 3)])
+def test_filters_of_a_grouped_convolution_of_the_input_go(inputs: int, groups: int) -> None:
+    """Each group keeps its inputs, which no parameter makes, and as many filters as the others."""
+    torch.manual_seed(0)
+    first = nn.Conv1d(inputs, 24, 3, groups=groups)
+    net = nn.Sequential(first, nn.BatchNorm1d(24), nn.ReLU(), nn.Conv1d(24, 2, 1)).double()
+    each = 24 // groups
+    dead = [group * each + k for group in range(groups) for k in range(each // 2 + group % 2)]
+    with torch.no_grad():
+        net[1].weight[dead] = net[1].bias[dead] = 0
+    x = torch.randn(4, inputs, 9).double()
+    narrow = demp_fx.compile(net.eval(), x, cuts="always").module
+    assert relative_error(narrow(x), net(x)) <= 1e-12
+    assert relative_error(narrow.train()(x), net.train()(x)) <= 1e-12
+    assert narrow.get_parameter("0.weight").shape == (12, inputs // groups, 3)
+    assert narrow.get_parameter("3.weight").size(1) == 24 - len(dead)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_heads_that_a_convolution_takes_for_samples(kind: Any, groups: int) -> None:
+    """Attention that pools its queries and keys: what is at one place in all heads is one channel.
+    Elsewhere heads lose channels of their own."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.pool = kind(8, 8, 3, padding=1, groups=groups, bias=False)
+            for head, dead in enumerate(([0, 1, 5, 6], [1, 2, 4, 5])):
+                for place in dead:
+                    nn.init.zeros_(self.make.weight[8 * head + place])
+                    nn.init.zeros_(self.make.bias[8 * head + place])
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, tokens, _ = x.shape
+            q = self.make(x).reshape(batch, tokens, 2, -1).permute(0, 2, 1, 3)
+            q = q.reshape(batch * 2, 3, 3, q.shape[-1]).permute(0, 3, 1, 2)
+            q = self.pool(q).reshape(batch, 16, tokens).transpose(1, 2)
+            result: Tensor = self.read(q)
+            return result
+
+    torch.manual_seed(0)
+    model = Pooled().double()
+    x = torch.randn(3, 9, 6).double()
+    narrow = demp_fx.compile(model, x[:2], cuts="always").module
+    assert relative_error(narrow(x), model(x)) <= 1e-12
+    assert narrow.get_parameter("make.weight").size(0) == 8
+    assert narrow.get_submodule("pool").in_channels == 6
 
 
 def test_a_grouped_convolution_that_is_called_as_a_function() -> None:
@@ -598,3 +674,34 @@ def test_an_adaptive_pool_leaves_an_axis_as_it_is_that_keeps_its_size(size: Any)
     narrow = demp_fx.compile(net, x, cuts="always").module
     torch.testing.assert_close(narrow(x), net(x), rtol=1e-12, atol=1e-12)
     assert narrow.get_parameter("conv.weight").shape[0] == (3 if size[0] is None else 8)
+
+
+def test_the_size_of_what_is_shuffled_is_that_of_what_is_left() -> None:
+    """Halves are told by the size of a shuffled value, of which all are left in the first one."""
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            half = x.shape[1] // 2 + x.shape[1] % 2
+            x = torch.cat([x[:, :half], self.norm(self.conv(x[:, half:])).relu()], 1)
+            batch, channels, length = x.size()
+            x = x.view(batch, 2, channels // 2, length).transpose(1, 2).contiguous()
+            return x.view(batch, -1, length)
+
+    torch.manual_seed(0)
+    units = [Unit() for _ in range(2)]
+    norm = nn.BatchNorm1d(12)
+    net = nn.Sequential(nn.Conv1d(3, 12, 1), norm, *units, nn.Conv1d(12, 2, 1)).double().eval()
+    with torch.no_grad():
+        for layer, dead in ((norm, [3, 5]), (units[0].norm, [4, 5])):
+            layer.weight[dead] = layer.bias[dead] = 0
+    x = torch.randn(2, 3, 7).double()
+    result = demp_fx.compile(net, x, cuts="always")
+    assert relative_error(result.module(x), net(x)) <= 1e-12
+    assert not any("another size" in pin.reason for pin in result.report.pinned)
+    assert result.module.get_parameter("0.weight").size(0) == 10
+    assert result.module.get_parameter("2.conv.weight").shape == (4, 6, 1)
+    assert result.module.get_parameter("3.conv.weight").shape == (6, 2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import numbers
 import pickle
 import subprocess
@@ -21,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import Variable
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 from torch.func import functional_call
 
 import demp_fx
@@ -1241,6 +1248,131 @@ def test_a_submodule_that_reads_numbers_stays_whole_and_a_model_is_refused(name:
         demp_fx.trace(Tail(READS[name]), X)
 
 
+PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "causal": lambda groups, b, q, k: k <= q,
+    "window": lambda groups, b, q, k: q.new_ones((), dtype=torch.bool) & (abs(q - k) < 2),
+    "groups": lambda groups, b, q, k: (groups[b, q] == groups[b, k]) | (k == 0),
+    "lengths": lambda groups, b, q, k: k <= groups.amax(1)[b] + (groups * 0).sum(),
+}
+
+
+class Pairs(nn.Module):
+    """Which token attends to which is said of two of them, and mapped over all."""
+
+    def __init__(self, attends: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.out, self.attends = nn.Linear(4, 8), nn.Linear(8, 4), attends
+
+    def forward(self, x: Tensor, groups: Tensor) -> Tensor:
+        attends: Any = functools.partial(self.attends, groups)
+        for dims in (None, None, 0), (None, 0, None), (0, None, None):
+            attends = torch.vmap(attends, in_dims=dims)
+        many, length = x.shape[:2]
+        mask = attends(torch.arange(many), torch.arange(length), torch.arange(length))
+        x = self.make(x)
+        x = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        result: Tensor = self.out(x)
+        return result
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_function_of_two_tokens_is_mapped_over_all(pairs: str) -> None:
+    model = Pairs(PAIRS[pairs]).double()
+    graph = demp_fx.trace(model, (torch.randn(2, 5, 4).double(), torch.arange(10).view(2, 5) // 2))
+    assert not graph.meta["demp_fx"].exported
+    x, groups = torch.randn(3, 6, 4).double(), torch.arange(18).view(3, 6) // 3 % 5
+    torch.testing.assert_close(graph(x, groups), model(x, groups), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda groups, b, q, k: groups[b].amax() >= k,  # takes all of a row
+        lambda groups, b, q, k: (groups.amax(0) > q + k).any(),
+        lambda groups, b, q, k: torch.stack([q, k]).amax() > b,
+    ],
+)
+def test_what_a_function_does_to_several_numbers_is_not_mapped(other: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Within(Pairs(other))).double()
+    graph = demp_fx.trace(model, torch.randn(2, 5, 4).double())
+    assert graph.meta["demp_fx"].exported or list(graph.meta["demp_fx"].opaque) == ["1.pairs"]
+    x = torch.randn(2, 5, 4).double()
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
+class Within(nn.Module):
+    def __init__(self, pairs: Pairs) -> None:
+        super().__init__()
+        self.pairs = pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.pairs(x, (x[..., 0] > 0).long())
+        return result
+
+
+class Steps(nn.Module):
+    """Keeps its stride in a buffer, and goes by it."""
+
+    def __init__(self, persistent: bool = False, counts: str = "") -> None:
+        super().__init__()
+        self.layer, self.counts = nn.Linear(4, 4), counts
+        self.register_buffer("stride", torch.tensor(2), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts == "before":
+            self.stride.add_(1)
+        behind = torch.ceil(x.shape[1] / self.stride).long() * self.stride - x.shape[1]
+        if max(behind, self.stride) > 2:
+            x = x.flip(1)
+        x = F.pad(x, (0, 0, 0, behind))
+        if self.counts == "after":
+            self.stride += 1
+        result: Tensor = self.layer(x[:, 1:] if x.shape[1] > 6 else x)
+        return result
+
+
+def test_whole_numbers_in_buffers_that_no_checkpoint_has_are_the_codes() -> None:
+    model = Steps().double()
+    graph = demp_fx.trace(model, torch.randn(2, 7, 4).double())
+    notes = graph.meta["demp_fx"]
+    assert not notes.exported
+    assert any("if max(behind, self.stride) > 2" in note for note in notes.baked)
+    for length in (7, 8, 11):
+        x = torch.randn(3, length, 4).double()
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", [{"persistent": True}, {"counts": "before"}, {"counts": "after"}])
+def test_what_a_checkpoint_or_the_code_changes_is_data(how: dict[str, Any]) -> None:
+    with pytest.raises(TraceError, match=r"depends on the values|and changed"):
+        demp_fx.trace(Steps(**how).double(), torch.randn(2, 7, 4).double())
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_tensors_of_the_code_take_sizes_of_the_input(listed: bool) -> None:
+    class Placed(nn.Module):
+        """Positions that are in no buffer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            table = torch.randn(1, 12, 4, dtype=torch.float64)
+            self.tables = [table] if listed else table
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.tables[0] if listed else self.tables
+            table = table.narrow(1, 0, x.shape[1])
+            result: Tensor = self.layer(x) + table.expand(x.shape[0], -1, -1)
+            return result
+
+    model = Placed().double()
+    graph = demp_fx.trace(model, torch.randn(2, 5, 4).double())
+    assert not graph.meta["demp_fx"].exported
+    x = torch.randn(3, 7, 4).double()
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+
+
 def test_sizes_that_are_given_need_no_numbers() -> None:
     def sized(x: Tensor) -> Tensor:
         repeats = torch.tensor([1, 2] * 3)
@@ -1258,6 +1390,9 @@ SAMPLES: dict[str, Any] = {
     "samples": lambda x: Normal(x, x.exp()).rsample((3,)),
     "entropy": lambda x: Categorical(logits=x).entropy(),
     "divergence": lambda x: kl_divergence(Normal(x, x.exp()), Normal(x * 0, x * 0 + 1)),
+    "transformed": lambda x: TransformedDistribution(
+        Normal(x, x.exp()), [AffineTransform(x.mean(1, keepdim=True), 2.0)]
+    ).log_prob(x),
 }
 
 

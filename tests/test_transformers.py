@@ -14,7 +14,8 @@ from torch import nn
 import demp_fx
 from demp_fx.emit.module import source
 from demp_fx.inputs import Inputs
-from demp_fx.passes.verify import difference, run
+from demp_fx.passes.calls import run
+from demp_fx.passes.sides import difference
 from demp_fx.tracing.module import TracedModule
 from tests.zoo.transformers_networks import HIDDEN, TRANSFORMERS, build, hf, kill_hidden
 

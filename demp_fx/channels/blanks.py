@@ -33,6 +33,8 @@ def adopts(walk: Stream, tensor: Tensor, label: Tensor) -> bool:
     if value.image_of is None:
         return True
     places = {d: value.parts[d][0] for d in dims}
+    if any(label.size(d) > value.image_of.size(there) for d, there in places.items()):
+        return False  # it holds what is there several times
     if any(label.size(d) < value.image_of.size(there) for d, there in places.items()):
         return len(dims) == 1 and not walk.system.is_fixed(label)
     wanted = moved(label, places, value.image_of.dim())

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Axis
 from demp_fx.channels.runs import Indices
-from demp_fx.channels.system import Axis, System
+from demp_fx.channels.system import System
 
 
 def components(size: int, ties: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

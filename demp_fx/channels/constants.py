@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Fold, Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.runs import Indices, Mask
-from demp_fx.channels.system import Fold, Read, System
+from demp_fx.channels.system import System
 
 
 def foldable(system: System) -> dict[int, Facts]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.autograd import Apply
 
 
 def function_name(function: type[Function]) -> str:

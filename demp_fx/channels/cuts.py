@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from demp_fx.channels.constraints import Edge
 from demp_fx.channels.runs import Indices, Mask, Runs
-from demp_fx.channels.solve import Solution, Solver
-from demp_fx.channels.system import Edge, System
+from demp_fx.channels.solution import Solution
+from demp_fx.channels.solve import Solver
+from demp_fx.channels.system import System
 from demp_fx.errors import UsageError
 
 Cuts = Literal["pays", "always", "never"]

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.classes import classes, components
+from demp_fx.channels.constraints import Axis, Edge, Product, Read
 from demp_fx.channels.groups import Block, Group, GroupGraph, Link, Member, Node, Pin, Tie
 from demp_fx.channels.runs import Indices
-from demp_fx.channels.solve import Solution
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.states import macs, states
-from demp_fx.channels.stream import STRUCTURE
-from demp_fx.channels.system import Axis, Edge, Product, Read, System
+from demp_fx.channels.system import System
 from demp_fx.channels.ties import Ties, axes_of, name_of
+from demp_fx.channels.values import STRUCTURE
 from demp_fx.turns import in_turn
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from demp_fx.channels.constants import dead_at, foldable
+from demp_fx.channels.constraints import Site
 from demp_fx.channels.groups import Group, Link, Member, Tie, matches
-from demp_fx.channels.stream import STRUCTURE
-from demp_fx.channels.system import Site
+from demp_fx.channels.values import STRUCTURE
 from demp_fx.errors import UsageError
 
 if TYPE_CHECKING:

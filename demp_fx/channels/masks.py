@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 from torch.nn import functional as F
+
+from demp_fx.channels.computed import computed
 
 ATTENTION: set[Any] = {
     F.scaled_dot_product_attention,
@@ -35,7 +35,7 @@ def may_mask_all(
     if node.target not in ATTENTION or any(n in given for n in further):
         return True
     with real():
-        return not all(_leaves_some(_computed(n, graph, {})) for n in further)
+        return not all(_leaves_some(computed(n, graph, {})) for n in further)
 
 
 def _leaves_some(mask: Any) -> bool:
@@ -44,20 +44,3 @@ def _leaves_some(mask: Any) -> bool:
         return not isinstance(mask, Tensor)
     left = mask if mask.dtype == torch.bool else mask != -torch.inf
     return bool(left.any(-1).all())
-
-
-def _computed(node: fx.Node, graph: fx.GraphModule, known: dict[fx.Node, Any]) -> Any:
-    """The value of a node that depends on no input."""
-    if node not in known:
-        for n in node.all_input_nodes:
-            _computed(n, graph, known)
-        args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-        if node.op == "get_attr":
-            known[node] = operator.attrgetter(str(node.target))(graph)
-        elif node.op == "call_module":
-            known[node] = graph.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node]

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from demp_fx.calls import called
-from demp_fx.channels.blanks import catch_up
+from demp_fx.channels.constraints import Edge, Site
 from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Edge, Mark, Read, Site
+from demp_fx.channels.system import Mark
 from demp_fx.channels.value import Value
-from demp_fx.channels.writes import carried, filled, known_of, memory_of, mixed, refined
+from demp_fx.channels.writes import memory_of
 from demp_fx.shapes import Shape
 
 aten = torch.ops.aten
 IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}
 SUMS = {operator.add, torch.add, "add", aten.add.Tensor, *IN_PLACE_SUMS}
-CHANGED = "it is changed in place while others read it"
 SIZES = {getattr, "size", "dim", "numel", "ndimension", aten.sym_size.int}
 
 
@@ -92,10 +89,13 @@ class Places(Stream):
         if value.data is not None or value.blank or not _holds_numbers(tensor):
             return
         labels, site = list(value.labels), Site(str(n.op), n.name, n.meta.get("source"))
+        lent = self.lent.get(n, set())
+        areas = {a * b for a in lent for b in lent}
+        lent = lent | areas | {area * size for area in areas for size in lent}  # flattened
         for d, size in enumerate(tensor.shape):
             there = [x for x in labels if d in varying(x)]
             mixed = [x for x in there if varying(x) == (d,)] if merge else []
-            if size > 1 and (len(mixed) > 1 if there else size not in self.lent.get(n, ())):
+            if size > 1 and (len(mixed) > 1 if there else size not in lent):
                 atoms = self.system.fresh(n.name, -1, size).atoms
                 for x in (*mixed, atoms):
                     self.system.pin(x, "is computed of all of its channels", site)
@@ -155,70 +155,6 @@ class Places(Stream):
         )  # fmt: skip
         return alias
 
-    def _lost(self, start: Mark, before: Mapping[fx.Node, Value], out: Any) -> list[fx.Node]:
-        """Inputs with channels that could be supplied from nowhere (zeros, constants), which the
-        node has turned into something that cannot: the last place to supply them is before it."""
-        if not isinstance(out, Tensor) or any(
-            isinstance(s, Edge) and s.kind == "sum" for s in self.system.since(start)
-        ):
-            return []
-        reads = {s.inputs.data_ptr() for s in self.system.since(start) if isinstance(s, Read)}
-        result, found = self.value(out), []
-        for n, value in before.items():
-            if value.known is None or n.op == "get_attr":
-                continue
-            for label in value.labels:
-                dims, size = varying(label), label.numel()
-                if len(dims) != 1 or out.dim() <= dims[0] or out.size(dims[0]) != size:
-                    continue
-                if label.data_ptr() in reads:
-                    continue
-                had = _supplied(value, dims[0], size)
-                if had is None or not bool(had.any()):
-                    continue
-                around = (varying(x) for x in result.labels)
-                blocks = any(len(place) > 1 and dims[0] in place for place in around)
-                has = None if blocks else _supplied(result, dims[0], size)  # there, nothing can be
-                if has is None or bool((had & ~has).any()):
-                    found.append(n)
-                    break
-        return found
-
-    def _fixed(self, start: Mark, before: Mapping[fx.Node, Value]) -> list[fx.Node]:
-        """Inputs whose channels repeat themselves along an axis, each index of which the node ties
-        to a channel of its own: whatever they are merged with is then as long for any input.
-
-        A layer that reads what another one makes stays in its group, as after any flattening,
-        unless it hears a channel at some of its places only. And computed weights with several
-        channels on one axis, which the node does not tell apart.
-        """
-        sames = self.system.sames[start[0] :]
-        pins = [pin.atoms for pin in self.system.pins[start[1] :]]
-        mixed = [n for n, v in before.items() if n in self.made and _is_mixed(v.labels, pins)]
-        if not sames:
-            return mixed
-        reads = [s for s in self.system.since(start) if isinstance(s, Read)]
-        alone = any(map(_partly_silent, reads))
-        if not (self.merged or alone):
-            return mixed
-        repeating = {
-            label.data_ptr(): n
-            for n, value in before.items()
-            for label in value.labels
-            if n.op != "get_attr" and len(varying(label)) == 1 and repeats(label)
-            if n in self.made or alone or not (reads and self._is_a_parameters(label))
-        }
-        return mixed + [
-            repeating[a.data_ptr()]
-            for same in sames if repeating
-            for a, b in ((same.a, same.b), (same.b, same.a))
-            if a.data_ptr() in repeating and not repeats(b)
-        ]  # fmt: skip
-
-    def _is_a_parameters(self, label: Tensor) -> bool:
-        first = int(label.reshape(-1)[0])
-        return any(axis.dim >= 0 for axis in self.system.axes if axis.start <= first < axis.stop)
-
     def _is_last_use(self, n: fx.Node, running: fx.Node) -> bool:
         """Whether nobody but the `running` node will read what `n` holds, under any name but its
         own, and no later run: then what that node writes may go elsewhere."""
@@ -261,97 +197,6 @@ class Places(Stream):
         p, q = self.value(x).labels, self.value(y).labels
         return len(p) == len(q) == 1 and varying(p[0]) == varying(q[0]) and len(varying(p[0])) == 1
 
-    def _refresh(self, n: fx.Node) -> None:
-        """See whether what a node has given was written into since. (That is no part of what its
-        reader records, and stays where that is forgotten.)"""
-        self._look_again(self.env[n], n.name)
-
-    def _look_again(self, tensor: Any, name: str = "") -> None:
-        """The same for a tensor, be it what the node `name` has given or a weight of a layer."""
-        if isinstance(tensor, Tensor):
-            value = self.value(tensor)
-            if value.image_of is not None:
-                catch_up(self, tensor)
-                value = self.value(tensor)
-            if value.version != self.version(tensor):
-                self._stale(name, tensor, value)
-
-    def _stale(self, name: str, tensor: Tensor, value: Value) -> None:
-        """A tensor was changed in place through another name. Where that put one number everywhere,
-        or each channel into itself, it is known what it holds now; else nothing about it can be
-        relied on."""
-        value = tensor.__dict__["demp"] = replace(value)  # of a parameter the old one is kept
-        storage = memory_of(tensor)
-        writes = self.writes[storage][value.version :]
-        shared = {other.name for other, t in self.env.items()
-                  if isinstance(t, Tensor) and memory_of(t) == storage}  # fmt: skip
-        edges = [edge for edge in self.system.edges if edge.producer in shared]
-        origin = torch.arange(self.system.atoms)
-        for edge in edges:
-            origin[edge.target] = origin[edge.source]
-        fills = all(write.number is not None for write in writes)
-        finer = refined(value.labels, writes, origin)
-        holds = finer is not None or carried(value.labels, writes, origin)
-        for edge in edges:  # no cut on the way: the write would go to a copy
-            if fills or holds:
-                self.system.same(edge.source, edge.target, self.site)
-            elif edge.producer == name:
-                self.system.pin(edge.target, CHANGED, self.site)
-        for label in () if fills or holds else value.labels:
-            self.system.pin(label, CHANGED, self.site)
-        if fills and tensor.dim() == 1:
-            value.known = filled(value.facts, tensor, writes)
-        elif finer is not None:
-            value.known = known_of(value.facts, finer, writes)
-        elif holds:
-            value.known = mixed(value.facts, value.labels, tensor.dim(), writes, origin)
-        else:
-            value.known = None
-        value.vector = value.never_negative = value.positive = False
-        value.blank = frozenset()
-        value.rows = value.shares = value.never_positive = value.data = None
-        if finer is not None:  # along its other axes nothing was written that has channels
-            for label in value.labels:
-                if not set(varying(label)) <= set(varying(finer)):
-                    self.system.pin(label, CHANGED, self.site)
-            value.labels = (finer,)
-        if fills or holds:
-            value.version = self.version(tensor)
-
-
-def _is_mixed(labels: Labels, pins: list[Tensor]) -> bool:
-    """Whether there is a dim with several labels, all of them pinned."""
-    dims = [varying(x) for x in labels]
-    several = [d for d in set(dims) if dims.count(d) > 1]
-    return any(
-        all(torch.isin(x, torch.cat(pins)).all() for x in labels if varying(x) == d)
-        for d in several if pins
-    )  # fmt: skip
-
-
-def _partly_silent(read: Read) -> bool:
-    """Whether a parameter reads a channel at several places, and only some have no weights."""
-    if read.fold is None or read.silent is None or not repeats(read.inputs):
-        return False
-    _, channel = np.unique(read.inputs.numpy(), return_inverse=True)
-    silent = np.bincount(channel, read.silent.numpy())
-    return bool(((silent > 0) & (silent < np.bincount(channel))).any())
-
 
 def _holds_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def is_supplied(value: Value) -> bool:
-    """Whether a value has channels of which all is known, which can be put back at any place."""
-    for label in value.labels:
-        dims = varying(label)
-        known = _supplied(value, dims[0], label.numel()) if len(dims) == 1 else None
-        if known is not None and bool(known.any()):
-            return True
-    return False
-
-
-def _supplied(value: Value, dim: int, size: int) -> Tensor | None:
-    facts = value.known.along(dim, size) if value.known is not None else None
-    return facts.steady if facts is not None else None

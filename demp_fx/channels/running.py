@@ -27,8 +27,8 @@ class Running:
     """A node of `graph`, with the values that have `entered` it.
 
     `layers`: the modules by name; `env`: what every node has returned; `given`: the nodes that
-    depend on the inputs; `made`: those computed of parameters alone; `real`: a context in which
-    parameters have their numbers.
+    depend on the inputs; `made`: those computed of parameters alone; `lent`: the sizes of the
+    inputs in these; `real`: a context in which parameters have their numbers.
     """
 
     node: fx.Node
@@ -38,6 +38,7 @@ class Running:
     env: Mapping[fx.Node, Any]
     given: Set[fx.Node]
     made: Set[fx.Node]
+    lent: Mapping[fx.Node, Set[int]]
     real: Callable[[], AbstractContextManager[None]]
 
     @cached_property
@@ -49,7 +50,7 @@ class Running:
             args = self.node.args
             numbers = [self.node.kwargs.get("fill_value", args[-1] if args else None)]  # type: ignore[list-item]
         return any(
-            isinstance(n, fx.Node) and n in self.given and isinstance(self.env[n], (int, float))
+            isinstance(n, fx.Node) and n in self.given and isinstance(self.entered[n], (int, float))
             for n in numbers
         )
 
@@ -61,6 +62,13 @@ class Running:
         leaves = pytree.tree_leaves((self.node.args, self.node.kwargs))
         numbers = (self.env[a] if isinstance(a, fx.Node) else a for a in leaves)
         return not any(isinstance(n, int) and n > 1 for n in numbers)
+
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether a tensor that has entered is made of parameters, and as long for any input."""
+        return any(
+            t is tensor and n not in self.given and not self.lent.get(n)
+            for n, t in self.entered.items()
+        )
 
     @cached_property
     def counted(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,28 +19,10 @@ from torch import Tensor
 from demp_fx.channels.blocks import fillers
 from demp_fx.channels.classes import classes, components, numbered
 from demp_fx.channels.constants import carried, dead_at, foldable
+from demp_fx.channels.constraints import Edge, Link, Pin, Product, Read
 from demp_fx.channels.runs import Indices, Mask, Runs
-from demp_fx.channels.system import Axis, Edge, Link, Pin, Product, Read, System
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Which atoms stay.
-
-    `mask` (one an atom) is meant to be read through `kept`. `revived`: axes of which every channel
-    could have gone, and that keep one. `present`: the same as `mask`, one for each class of atoms
-    that are tied with all cuts open; `merged`: for each of these the one that it is tied to through
-    closed ones.
-    """
-
-    mask: Tensor
-    revived: list[Axis]
-    present: Mask
-    merged: Indices
-
-    def kept(self, atoms: Tensor) -> Tensor:
-        """A mask over `atoms`: True where they stay."""
-        return self.mask[atoms]
+from demp_fx.channels.solution import Draft, Solution
+from demp_fx.channels.system import System
 
 
 def droppable(edge: Edge) -> Tensor | None:
@@ -57,49 +39,6 @@ class _Step:
     outputs: list[Indices]
     needs: Indices
     pairs: bool
-
-
-@dataclass
-class _Draft:
-    """A solution on its way, by classes.
-
-    What stays is `keep` and `fill`: what is needed, and what only fills a block, with zeros or
-    constants that an edge supplies, or an axis that nobody reads. `supplied`: the classes that can
-    be the first; `idle`: those that are the second.
-    """
-
-    merged: Indices
-    keep: Mask
-    fill: Mask
-    supplied: Mask
-    idle: Mask
-    revived: list[Axis] = field(default_factory=list)
-
-    def kept(self, classes: Indices) -> Mask:
-        at = self.merged[classes]
-        kept: Mask = self.keep[at] | self.fill[at]
-        return kept
-
-    def present(self) -> Mask:
-        present: Mask = (self.keep | self.fill)[self.merged]
-        return present
-
-    def revive(self, one: int) -> bool:
-        """Keep a class that nobody reads, whatever it holds; whether that is new."""
-        new = not (self.keep[one] or self.fill[one])
-        self.fill[one] = self.idle[one] = True
-        return new
-
-    def add(self, classes: Indices) -> bool:
-        """Keep what nobody needs: as zeros where an edge supplies it, else as it is; whether that
-        is new."""
-        at = self.merged[classes]
-        free = self.supplied[at]
-        filled, needed = at[free], at[~free]
-        new = not (self.fill[filled].all() and self.keep[needed].all())
-        self.fill[filled] = True
-        self.keep[needed] = True
-        return new
 
 
 class Solver:
@@ -168,7 +107,7 @@ class Solver:
         keep[0] = True
         keep[merged[self.pinned]] = True
         fill, idle = np.zeros_like(keep), np.zeros_like(keep)
-        draft = _Draft(merged, keep, fill, self._supplied(merged, closed), idle)
+        draft = Draft(merged, keep, fill, self._supplied(merged, closed), idle)
         steps = self._steps(merged, hard)
         while True:
             _propagate(steps, keep)
@@ -219,7 +158,7 @@ class Solver:
             made[merged[made]] = True
         return ~made
 
-    def _revive(self, draft: _Draft) -> bool:
+    def _revive(self, draft: Draft) -> bool:
         """Keep one channel of every axis: torch refuses layers of width zero. It has to cross all
         gathers, and where nothing needs to cross another edge, one channel behind it does."""
         kept, found = draft.present(), False
@@ -249,7 +188,7 @@ class Solver:
                 draft.revived.append(self.axes[k])
         return found
 
-    def _rely(self, draft: _Draft) -> bool:
+    def _rely(self, draft: Draft) -> bool:
         """What was kept for its axis has to hold what it always held, where that is computed with:
         it was zero, say, and could have gone."""
         if not draft.idle.any():
@@ -269,7 +208,7 @@ class Solver:
         draft.idle[needed] = False
         return bool(needed.size)
 
-    def _multiply(self, draft: _Draft) -> bool:
+    def _multiply(self, draft: Draft) -> bool:
         """Keep the cells all of whose sides stay."""
         found = False
         for cells, *sides in self.products:
@@ -278,7 +217,7 @@ class Solver:
             draft.keep[wanted] = True
         return found
 
-    def _complete(self, draft: _Draft) -> bool:
+    def _complete(self, draft: Draft) -> bool:
         """Make blocks equal and axes as long as kernels take them, and let the rows of a link
         survive with their gate."""
         found = False
@@ -293,7 +232,7 @@ class Solver:
             found |= draft.add(atoms[~there][: -int(there.sum()) % of])
         return found
 
-    def _carry(self, draft: _Draft) -> bool:
+    def _carry(self, draft: Draft) -> bool:
         """Keep the carriers: constants that no bias can take are folded into a few that stay."""
         found = False
         for constants in self.carried:

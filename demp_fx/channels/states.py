@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demp_fx.channels.system import Read, System
+from demp_fx.channels.constraints import Read
+from demp_fx.channels.system import System
 
 
 def states(system: System, root: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,20 +12,20 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from demp_fx.channels.constraints import Site
 from demp_fx.channels.custom import FunctionOp, LayerOp, written
-from demp_fx.channels.empty import Empty
-from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import Labels, along, same_label, varying
+from demp_fx.channels.labels import same_label, varying
 from demp_fx.channels.meta import as_meta, on_zeros
 from demp_fx.channels.running import Running
 from demp_fx.channels.shares import shares_of
 from demp_fx.channels.signs import is_never_negative, is_positive
-from demp_fx.channels.system import Axis, Mark, Site, System, Traffic
+from demp_fx.channels.system import Mark
 from demp_fx.channels.value import Call, Value
+from demp_fx.channels.values import Values
 from demp_fx.channels.writes import Write, memory_of
 from demp_fx.errors import DempError
 from demp_fx.shapes import Shape, shape_of
-from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.autograd import Apply
 from demp_fx.tracing.source import first_line
 from demp_fx.trees import tensors_of
 
@@ -34,18 +33,16 @@ from demp_fx.trees import tensors_of
 # what holds the same along an axis, which can have channels there; and layers, which have weights.
 NEW = ("aten::new_", "aten::lift_fresh", "aten::expand", LayerOp.NAME)
 EMPTY = torch.ops.aten.empty.memory_format
-STRUCTURE = ""  # the reason of a pin that is no news to anyone: kernel sizes, unused dims
 FAILED = "an error in the rule of"  # how the reason of a pin begins where a rule has failed
 
 Rule = Callable[["Stream", Call], None]
 
 
-class Stream(TorchDispatchMode):
+class Stream(Values, TorchDispatchMode):
     """While active, every ATen op goes through its rule, which records constraints in `system`.
 
-    `rule_of` gives the rule of an op, `shapes` shortcuts past slow meta kernels. `with_facts`: also
-    find out what is known of the channels. Without `labelled` only shapes and multiplications are
-    found out.
+    `rule_of` gives the rule of an op, `shapes` shortcuts past slow meta kernels. Without `labelled`
+    only shapes and multiplications are found out.
     """
 
     def __init__(
@@ -55,19 +52,11 @@ class Stream(TorchDispatchMode):
         with_facts: bool = True,
         labelled: bool = True,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.rule_of, self.shapes, self.with_facts = rule_of, shapes, with_facts
-        self.labelled = labelled
-        self.system = System()
-        self.params: dict[str, Value] = {}
+        TorchDispatchMode.__init__(self)
+        Values.__init__(self, with_facts, labelled)
+        self.rule_of, self.shapes = rule_of, shapes
         self.activations: dict[str, int] = {}
-        self.site = Site("", "")
-        self.names: dict[int, tuple[str, Tensor]] = {}
-        self.weights: dict[tuple[int, int, int], Empty] = {}  # by place in memory
-        self.writes: dict[int, tuple[Write, ...]] = {}  # into each storage, in order
-        self.reweighted = False  # whether one of them was a parameter's or buffer's
-        self.changing: Mapping[str, Facts | None] = {}  # what calls write to: what is left known
-        self.profiles = 0
+        self.reweighted = False  # whether a parameter or buffer was written into
         self.picked = False  # whether a mask that is not known tells a size
         self.merged = False  # whether a channel axis was merged with another, such as the batch
         self.running: Running
@@ -238,161 +227,12 @@ class Stream(TorchDispatchMode):
         for out in call.outputs:
             self.give(out, ())
 
-    def value(self, tensor: Tensor) -> Value:
-        """What is known of a tensor; a parameter gets its atoms when it is first met."""
-        value = tensor.__dict__.get("demp")
-        if value is None:
-            value = Value(version=self.version(tensor))
-            known = self.names.get(id(tensor))
-            if known is not None:
-                value = self._parameter(tensor, *known)
-            tensor.__dict__["demp"] = value
-        return value
-
-    def _parameter(self, tensor: Tensor, name: str, real: Tensor) -> Value:
-        if not self.labelled:
-            return Value(data=real.detach())
-        rank = tensor.dim()
-        labels = tuple(
-            along(self.system.fresh(name, d, n).atoms, rank, d)
-            for d, n in enumerate(tensor.shape)
-            if n > 1
-        )
-        read = self.with_facts and not real.is_meta and real.layout is torch.strided
-        read = read and name not in self.changing
-        read = read and (real.is_floating_point() or real.is_complex() or real.dtype == torch.bool)
-        line = real.numel() == max(real.shape, default=1)
-        data, rows = real.detach(), None
-        if read and not line and rank > 1:
-            rows = self.weights[_place(data)] = Empty(data)
-        value = Value(labels, None, data, 0, vector=read and line, rows=rows)
-        self.params[name] = value
-        if name in self.changing:
-            value = Value(labels, self.changing[name], table=True)
-        self.system.store(name, *(memory_of(t) for t in (tensor, real)))
-        return value
-
-    def empty(self, weight: Tensor, dim: int) -> Tensor | None:
-        """Which slices of the numbers behind a value are all zero; None where none is."""
-        whole = self.weights.get(_place(weight))
-        if whole is not None:
-            axes = list(zip(whole.weight.shape, whole.weight.stride(), strict=True))
-            axis = (weight.size(dim), weight.stride(dim))
-            if axis in axes:
-                return whole.along(axes.index(axis))
-        return Empty(weight).along(dim)
-
-    def slices(self, weight: Tensor, but: Collection[int] = ()) -> Facts | None:
-        """Zeros of the numbers behind a value, where whole slices of them are: along any dim (`but`
-        some)."""
-        found: Tensor | None = None
-        for d in set(range(weight.dim())) - set(but):
-            if (empty := self.empty(weight, d)) is not None:
-                zero = along(empty, weight.dim(), d)
-                found = zero if found is None else found | zero
-        return None if found is None else Facts.zeros(found)
-
-    def give(
-        self, out: Tensor, labels: Labels, facts: Facts | None = None, data: Tensor | None = None,
-        moved: bool = False,
-    ) -> None:  # fmt: skip
-        """Set what is known of an op's result; `moved`: it is a view, and writes nothing.
-
-        Of complex numbers only zeros are followed: constants are real. A single channel is on no
-        axis that could get narrower: it stays.
-        """
-        for label in labels:
-            if label.numel() == 1:
-                self.system.pin(label, STRUCTURE, self.site)
-                labels = tuple(x for x in labels if x is not label)
-        if facts is not None and out.is_complex():
-            facts = Facts.of(facts.zero, facts.values)
-        out.__dict__["demp"] = Value(labels, facts, data, self.version(out))
-        if not moved and data is None:
-            for label in labels:
-                if label.numel() and len(varying(label)) == 1:
-                    elements = out.numel() // label.numel()
-                    self.system.traffic.append(Traffic(label.reshape(-1), elements))
-
-    def tie(self, label: Tensor, dims: tuple[int, ...], call: Call) -> Tensor:
-        """Let a label no longer vary on `dims`: what is on one line along them is one."""
-        line = label
-        for d in dims:
-            line = line.narrow(d, 0, 1)
-        if line.shape != label.shape:
-            self.system.same(line.expand(label.shape), label, call.site)
-        return line
-
-    def relabel(self, tensor: Tensor, labels: Labels) -> None:
-        """Give a tensor labels that say the same as those it had."""
-        tensor.__dict__["demp"] = replace(self.value(tensor), labels=labels)
-
-    def rows(self, blocks: Tensor) -> Tensor:
-        """A fresh atom for each distinct row of atoms (N, k): whether that block is there."""
-        _, number = blocks.unique(dim=0, return_inverse=True)
-        axis = self.system.fresh(f"{self.site.node}.blocks", -1, int(number.max()) + 1)
-        atoms: Tensor = axis.atoms[number]
-        return atoms
-
-    def firsts(self, gate: Tensor) -> Tensor:
-        """The first index of each distinct atom, in order."""
-        _, number = gate.unique(return_inverse=True)
-        first = torch.full((int(number.max()) + 1,), gate.numel())
-        return first.scatter_reduce(0, number, torch.arange(gate.numel()), "amin").sort().values
-
-    def link(self, rows: Tensor, gate: Tensor, site: Site) -> None:
-        """Tie the survival of rows (N, D) to atoms (N); both may repeat themselves."""
-        first = self.firsts(gate)
-        self.system.link(rows[first], gate[first], site)
-
-    def name_of(self, tensor: Tensor) -> str | None:
-        """The name of a parameter or buffer; None of anything else."""
-        known = self.names.get(id(tensor))
-        return None if known is None else known[0]
-
     def maker(self, weight: Tensor) -> str | None:
         """The node that computed a weight of parameters alone, where the running node is given
         such a one (or takes a view of it)."""
         return self.running.makers.get(memory_of(weight))
 
-    def pin(
-        self, call: Call, label: Tensor, reason: str, outputs: tuple[Tensor, ...] = (),
-        zero: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Keep the atoms of a label, but for those that are `zero`, because of this call (while it
-        computes any of `outputs`)."""
-        self.system.pin(label, reason, call.site, outputs, zero)
-
-    def profile(self) -> int:
-        """The number of a new spatial map."""
-        self.profiles += 1
-        return self.profiles
-
-    def axis_of(self, label: Tensor) -> Axis | None:
-        """The axis whose atoms a label carries, all of them in order, if there is one."""
-        flat = label.reshape(-1)
-        if flat.numel() == 0:
-            return None
-        axes = self.system.axes
-        first, lo, hi = int(flat[0]), 0, len(axes)
-        while lo < hi:
-            mid = (lo + hi) // 2
-            lo, hi = (mid + 1, hi) if axes[mid].stop <= first else (lo, mid)
-        if lo == len(axes) or axes[lo].start != first or axes[lo].size != flat.numel():
-            return None
-        return axes[lo] if torch.equal(flat, axes[lo].atoms) else None
-
-    def version(self, tensor: Tensor) -> int:
-        """How often what a tensor holds was changed in place."""
-        return len(self.writes.get(memory_of(tensor), ())) if self.writes else 0
-
 
 @functools.cache
 def _name(op: torch._ops.OpOverload) -> str:
     return str(op)
-
-
-def _place(weight: Tensor) -> tuple[int, int, int]:
-    """The device, address and size of what a tensor and its whole views hold."""
-    address = weight.data_ptr() if weight.layout is torch.strided else id(weight)
-    return weight.get_device(), address, weight.numel()

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Axis, Site
 from demp_fx.channels.groups import Tie
-from demp_fx.channels.system import Axis, Site, System
+from demp_fx.channels.system import System
 
 
 def axes_of(system: System, atoms: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Site
 from demp_fx.channels.empty import Empty
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import Labels
-from demp_fx.channels.system import Site
+from demp_fx.channels.labels import Labels, along
 from demp_fx.trees import tensors_of
 
 
@@ -30,14 +30,14 @@ class Value:
     """What the walk knows of one tensor.
 
     `data`: for a parameter, buffer or a view of one, the real tensor behind it. `vector`: its facts
-    are its numbers, read when they are asked for; `rows`: tells which of its rows are all zero.
-    `shares`: the dim along which it sums to one. `blank`: dims along which it holds the same, as
-    often as the sizes want that it is given; `image_of`: what has such dims, too, and is what it is
-    an image or a part of; `parts`: which dim of that each of its own comes from, and from which
-    places on it; `lost`: those of that which it has not got. `table`: it is computed of parameters
-    and buffers alone. `never_negative`: no element ever is, `positive`: all are above zero;
-    `never_positive`: those that never are, a mask that broadcasts. `inside`: what was known of it
-    before it was padded.
+    are its numbers, read when they are asked for; `rows`: tells which of its rows, and of its
+    columns, are all zero. `shares`: the dim along which it sums to one. `blank`: dims along which
+    it holds the same, as often as the sizes want that it is given; `image_of`: what has such dims,
+    too, and is what it is an image or a part of; `parts`: which dim of that each of its own comes
+    from, and from which places on it; `lost`: those of that which it has not got. `table`: it is
+    computed of parameters and buffers alone. `never_negative`: no element ever is, `positive`: all
+    are above zero; `never_positive`: those that never are, a mask that broadcasts. `inside`: what
+    was known of it before it was padded.
     """
 
     labels: Labels = ()
@@ -62,9 +62,11 @@ class Value:
         if self.vector and self.known is None and self.data is not None:
             self.known = Facts.exactly(self.data)
         if self.rows is not None and self.known is None:
-            empty, rank = self.rows.along(0), self.rows.weight.dim()
+            rank = self.rows.weight.dim()
+            found = ((d, self.rows.along(d)) for d in (0, 1))
+            empty = [along(line, rank, d) for d, line in found if line is not None]
             self.rows = None
-            self.known = None if empty is None else Facts.zeros(empty).spread(rank, 0)
+            self.known = Facts.zeros(functools.reduce(torch.logical_or, empty)) if empty else None
         return self.known
 
 

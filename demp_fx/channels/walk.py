@@ -9,49 +9,37 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
-from demp_fx.calls import LITERALS, called
+from demp_fx.calls import called
+from demp_fx.channels.again import fixed, is_supplied, lost, wanted_elsewhere
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
 from demp_fx.channels.chains import Chains, is_flat
+from demp_fx.channels.circular import circular_in_parts
+from demp_fx.channels.constraints import Blocks, Site
 from demp_fx.channels.crops import Crops
-from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, repeats, varying
-from demp_fx.channels.layers import Layers
-from demp_fx.channels.meta import as_meta, on_meta, placeholder, without_collection
-from demp_fx.channels.places import SIZES, is_supplied
-from demp_fx.channels.plain import call_of
-from demp_fx.channels.running import Running
+from demp_fx.channels.meta import on_meta, placeholder, without_collection
+from demp_fx.channels.nodes import Nodes, RefusalError
+from demp_fx.channels.places import SIZES
+from demp_fx.channels.stale import refresh
 from demp_fx.channels.stream import Rule
-from demp_fx.channels.system import Blocks, Site, System
-from demp_fx.errors import DempError, UsageError
+from demp_fx.channels.system import System
 from demp_fx.inputs import Inputs
 from demp_fx.shapes import Shape
-from demp_fx.tracing.functions import Apply
 from demp_fx.tracing.preserve import preserved
 from demp_fx.tracing.regions import is_end
 from demp_fx.trees import tensors_of
 
 
-class RefusalError(UsageError):
-    """A node does not take what it is given."""
-
-    def __init__(self, node: fx.Node, message: str) -> None:
-        super().__init__(message)
-        self.node = node
-
-
-class Walk(Layers):
+class Walk(Nodes):
     """A walk over one fx graph.
 
     `observed`: what calibration saw at the output of a node, by its name: a dim, and facts along
@@ -71,15 +59,11 @@ class Walk(Layers):
         planned: Mapping[str, Tensor] = MappingProxyType({}),
         changing: Mapping[str, Facts | None] = MappingProxyType({}),
     ) -> None:
-        super().__init__(rule_of, shapes, with_facts, labelled)
-        self.changing = changing
-        self.graph, self.observed, self.planned = graph, observed, planned
+        super().__init__(graph, rule_of, shapes, with_facts, labelled)
+        self.changing, self.observed, self.planned = changing, observed, planned
         self.refused: list[fx.Node] = []
         self.chains = Chains(graph, self.env)
         self.crops = Crops(self)
-        notes = graph.meta.get("demp_fx")
-        self.opaque: set[str] = set(notes.opaque) if notes is not None else set()
-        self.layers = dict(graph.named_modules(remove_duplicate=False))
 
     def run(self, inputs: Inputs) -> System:
         """Walk the whole graph on example `inputs`.
@@ -89,7 +73,7 @@ class Walk(Layers):
         example = inputs.map(lambda t: torch.empty_like(t, device="meta"))
         feed = iter(example.args)
         with (torch.no_grad(), without_collection(), preserved(_coded(self.graph)),
-              on_meta(self.graph) as twins):  # fmt: skip
+              circular_in_parts(), on_meta(self.graph) as twins):  # fmt: skip
             self.names, self.real = twins
             for node in self.graph.graph.nodes:
                 if node.op == "get_attr":
@@ -140,54 +124,24 @@ class Walk(Layers):
             self.refused.append(node)
             return self.planned[node.name]
 
-    def _number(self, node: fx.Node) -> Any:
-        """What a node makes of sizes and numbers alone, which no rule has to see; else None."""
-        if called(node) in SIZES:
-            shape = node.target is not getattr or node.args[1] in ("shape", "ndim")
-            source = node.args[0]
-            if (
-                not shape
-                or not isinstance(source, fx.Node)
-                or not isinstance(self.env[source], Tensor)
-            ):
-                return None
-        elif getattr(node.target, "__module__", "") != "_operator" or not all(
-            isinstance(self.env[n], (int, float, torch.Size)) for n in node.all_input_nodes
-        ):
-            return None
-        args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-        with suppress(Exception):  # it is run again, and refused with its place
-            return self._target(node)(*args, **kwargs)
-        return None
-
     def _node(self, node: fx.Node) -> Any:
         if is_end(node):
             return None  # the walk has no gradients, and shapes no precision
         if node.op == "call_module" and (reason := self._whole(str(node.target))):
             args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+            self._pin(self._shared(self.layers[str(node.target)]), reason)
             return self._leaf(self.layers[str(node.target)], args, kwargs, reason)
         if not self.labelled:
             return self._dry_run(node)
-        sources = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
-        made = sources and all(n.op == "get_attr" or n in self.made for n in sources)
-        if made or self._is_literal(node):
-            self.made.add(node)
-            self.lent[node] = self._lent(node)
-        for n in node.all_input_nodes if called(node) not in SIZES else ():
-            self._refresh(n)
-        if self.reweighted and node.op == "call_module":
-            for weight in self.layers[str(node.target)].parameters():
-                self._look_again(weight)
-        for n in sources if node not in self.made else ():
-            if n in self.made:
-                self._label(n)
+        self._catch_up(node)
         cropped = self.crops.dims(node)
         start, writes = self.system.mark(), dict(self.writes)
-        entered = self._entered(node, cropped)
+        wanted = set(wanted_elsewhere(self, node)) if self.with_facts else set()
+        entered = self._entered(node, cropped, wanted)
         before = {n: self.value(t) for n, t in entered.items() if isinstance(t, Tensor)}
         out = self._call(node, entered)
-        again = set(self._lost(start, before, out)) if self.with_facts else set()
-        again |= (fixed := set(self._fixed(start, before)))
+        known = set(fixed(self, start, before))
+        again = known | (set(lost(self, start, before, out)) if self.with_facts else set())
         if self.splits or self.unfit:
             again |= {n for n, value in before.items() if value.labels and n.op != "get_attr"}
         if again and (self.writes == writes or all(self._is_last_use(n, node) for n in again)):
@@ -195,19 +149,12 @@ class Walk(Layers):
             self.writes = writes
             for n, value in before.items():
                 entered[n].__dict__["demp"] = value
-            for n in fixed & self.made:
+            for n in known & self.made:
                 self._label(n, merge=True)
-            entered = self._entered(node, cropped, again, fixed)
+            entered = self._entered(node, cropped, again | wanted, known)
             out = self._call(node, entered)
         self.env[node] = out
-        of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
-        if self.opens or of_parts:
-            self.exits.add(node)
-        if node in self.made and (self.joins or any(n in self.joined for n in sources)):
-            self.joined.add(node)
-        if node not in self.given:
-            for t in tensors_of(out):
-                self.value(t).table = True
+        self._classify(node, entered)
         self._shapes(node)
         if self.writes != writes:
             self._close(node, start, writes)
@@ -217,27 +164,55 @@ class Walk(Layers):
             value.known = seen.spread(out.dim(), dim).under(value.facts)
         return out
 
+    def _catch_up(self, node: fx.Node) -> None:
+        """Before a node runs: whether it is made of parameters alone, and what has happened to its
+        inputs since they were made."""
+        sources = self._sources(node)
+        made = sources and all(n.op == "get_attr" or n in self.made for n in sources)
+        if made or self._is_literal(node):
+            self.made.add(node)
+            self.lent[node] = self._lent(node)
+        for n in node.all_input_nodes if called(node) not in SIZES else ():
+            refresh(self, self.env[n], n.name)
+        if self.reweighted and node.op == "call_module":
+            for weight in self.layers[str(node.target)].parameters():
+                refresh(self, weight)
+        for n in sources if node not in self.made else ():
+            if n in self.made:
+                self._label(n)
+
+    def _classify(self, node: fx.Node, entered: Mapping[fx.Node, Any]) -> None:
+        """After it has run: whether blocks end behind it, what lies side by side in it, and whether
+        it depends on inputs."""
+        of_parts = any(n in self.exits and isinstance(self.env[n], (tuple, list)) for n in entered)
+        if self.opens or of_parts:
+            self.exits.add(node)
+        if node in self.made and (self.joins or any(n in self.joined for n in self._sources(node))):
+            self.joined.add(node)
+        if node not in self.given:
+            for t in tensors_of(self.env[node]):
+                self.value(t).table = True
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of a node that are tensors, or hold some."""
+        return [n for n in node.all_input_nodes if tensors_of(self.env[n])]
+
     def _entered(
         self, node: fx.Node, cropped: set[int], again: Set[fx.Node] = frozenset(),
-        fixed: Set[fx.Node] = frozenset(),
+        known: Set[fx.Node] = frozenset(),
     ) -> dict[fx.Node, Any]:  # fmt: skip
-        """What goes into a node, as it sees it."""
+        """What goes into a node, as it sees it: behind a cut where it runs `again`, or the size of
+        an axis is `known`."""
         source: Any = node.args[0] if cropped else None
         labels = self.value(self.env[source]).labels if cropped else ()
         uncut = source if any(cropped & set(varying(x)) for x in labels) else None
         entered = {
-            n: self.env[n] if n is uncut else self._enter(n, node, n in again, n in fixed)
+            n: self.env[n] if n is uncut else self._enter(n, node, n in again, n in known)
             for n in node.all_input_nodes
         }
         if cropped:
             entered[source] = self.crops.whole(entered[source], cropped)
         return entered
-
-    def _is_literal(self, node: fx.Node) -> bool:
-        """Whether a node makes a tensor of numbers in the code (on the device of an input, say)."""
-        return called(node) in LITERALS and not any(
-            isinstance(self.env[n], (Tensor, int, float)) for n in node.all_input_nodes
-        )
 
     def _lent(self, node: fx.Node) -> set[int]:
         """The sizes of the input in what a node makes of parameters, or of numbers in the code."""
@@ -249,19 +224,9 @@ class Walk(Layers):
                 found.update([abs(value)] if isinstance(value, int) else value)  # or from behind
         return found
 
-    def _dry_run(self, node: fx.Node) -> Any:
-        """What a node gives where only shapes and multiplications are wanted."""
-        if node.op == "call_module":
-            args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-            plain = call_of(self.layers[str(node.target)], args, kwargs)
-            if plain is not None:
-                self.system.macs += plain.macs
-                return plain.out
-        return self._call(node, {n: self.env[n] for n in node.all_input_nodes})
-
     def _shapes(self, node: fx.Node) -> None:
         """What a node does with the shape of its input: goes on with a chain, or makes blocks."""
-        inputs = [n for n in node.all_input_nodes if tensors_of(self.env[n])]
+        inputs = self._sources(node)
         picked = [n for n in inputs if n in self.given]  # by indices that are known
         others = len(picked) == 1 < len(inputs)
         if others and not any(map(repeats, self._labels(picked[0]))):
@@ -303,75 +268,11 @@ class Walk(Layers):
             for label in self._labels(node):
                 self._blocks(label)
 
-    def _call(self, node: fx.Node, entered: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = _writable(map_arg((node.args, node.kwargs), entered.__getitem__))
-        if node.target is operator.getitem and isinstance(args[0], Tensor):
-            args = (args[0], _as_tensors(args[1]))
-        self.running = Running(
-            node, entered, self.graph, self.layers, self.env, self.given, self.made, self.real
-        )
-        self.moves = self.applied = 0
-        self.unfit, self.shaped = [], []
-        self.splits = self.opens = self.joins = False
-        if isinstance(node.target, Apply):
-            return self.function(node.target, args, kwargs)
-        layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
-        if layer is not None and LayerOp.takes(layer):
-            return self._recurrent(layer, args, kwargs)
-        start, run = self.system.mark(), self._target(node)
-        plain = None if layer is None else call_of(layer, args, kwargs)
-        try:
-            if plain is not None:
-                if plain.op is not None:
-                    self.met(plain.op, plain.args, plain.kwargs, plain.out)
-                return plain.out
-            with self:
-                if layer is not None:
-                    return self._module(layer, args, kwargs)
-                return run(*args, **kwargs)
-        except DempError:
-            raise
-        except Exception as error:
-            given = pytree.tree_leaves(list(entered.values()))
-            self.system.forget(start)
-            if any(isinstance(t, Tensor) and not t.is_meta for t in given):
-                # the code made a tensor of its own: on meta, too
-                return self._call(node, {n: as_meta(v) for n, v in entered.items()})
-            if not isinstance(error, IndexError):  # zeros would be indices that are there
-                with suppress(Exception):
-                    out, reason = self._ran(run, args, kwargs), "it cannot be run on shapes alone"
-                    self.abandon(start, reason)
-                    self._pin((args, kwargs), reason)
-                    return out
-            where = f" ({self.site.source})" if self.site.source else ""
-            shapes = [tuple(t.shape) for t in tensors_of(args)]
-            what = "the example inputs do not run through the model"
-            if self.picked:
-                what = "how much a mask picks is not known without numbers; if that is all there is"
-            raise RefusalError(
-                node,
-                f"{what}: node {node.name!r} "
-                f"({node.target}){where} refuses inputs of shape {shapes}: {error}",
-            ) from error
-
-    def _target(self, node: fx.Node) -> Callable[..., Any]:
-        """What a node calls."""
-        if node.op == "call_method":
-            return lambda x, *args, **kwargs: getattr(x, str(node.target))(*args, **kwargs)
-        if node.target is getattr and node.args[1] == "data":
-            return lambda x, _: x.detach()  # a view, which no mode would see
-        run: Callable[..., Any] = node.target  # type: ignore[assignment]
-        return self.layers[str(node.target)] if node.op == "call_module" else run
-
-    def _whole(self, name: str) -> str:
-        """Why a submodule is not looked into, if it is not."""
-        return "it goes into a module that could not be traced" if name in self.opaque else ""
-
     def _output(self, node: fx.Node) -> None:
         """What the network returns keeps all of its channels. Those of a value that others read,
         too, are put back where they are known."""
         for n in node.all_input_nodes:
-            self._refresh(n)
+            refresh(self, self.env[n], n.name)
         for n in node.all_input_nodes:
             tensor = self.env[n]
             known = isinstance(tensor, Tensor) and len(n.users) > 1
@@ -387,21 +288,3 @@ def _alike(one: Facts | None, other: Facts | None) -> bool:
 def _coded(graph: fx.GraphModule) -> Iterator[nn.Module]:
     """Modules whose own code runs, and may write to what they hold."""
     return (m for m in graph.modules() if not type(m).__module__.startswith("torch."))
-
-
-def _writable(tree: Any) -> Any:
-    """Arguments as the code gets them: with lists and dicts of its own, those of a node being such
-    that refuse to be written to. What only derives of these (an output by names, say) is itself."""
-    kind = type(tree)
-    if kind is tuple:
-        return tuple(map(_writable, tree))
-    if kind in (list, immutable_list):
-        return list(map(_writable, tree))
-    return {k: _writable(v) for k, v in tree.items()} if kind in (dict, immutable_dict) else tree
-
-
-def _as_tensors(index: Any) -> Any:
-    """An index with tensors in the places of lists: their numbers are then seen."""
-    if isinstance(index, tuple):
-        return tuple(_as_tensors(i) for i in index)
-    return torch.tensor(index) if isinstance(index, list) else index

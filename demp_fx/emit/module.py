@@ -19,7 +19,7 @@ from demp_fx.emit import tensors
 from demp_fx.emit.leaves import installed
 from demp_fx.emit.structure import Structure
 from demp_fx.errors import EmitError
-from demp_fx.tracing.functions import Apply
+from demp_fx.tracing.autograd import Apply
 
 _HEAD = '''"""{name} as demp_fx wrote it: plain PyTorch at the widths that are left.
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Axis, Site
+from demp_fx.channels.constraints import Axis, Site
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.walk import Walk
 from demp_fx.errors import UsageError
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from demp_fx.calls import called
 from demp_fx.channels.averages import AVERAGES, LAYER_NORMS, MEANS, RMS_NORMS, kind_of
 from demp_fx.passes.plan import Count
-from demp_fx.passes.resize import Sizes
+from demp_fx.passes.sizes import Sizes
 
 Layers = Mapping[str, nn.Module]  # all modules of a graph by name, itself as ""
 

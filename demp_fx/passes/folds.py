@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.constants import by_bias, independent
+from demp_fx.channels.constraints import Read
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Read
+from demp_fx.channels.solution import Solution
 from demp_fx.passes.plan import Folding
 
 

@@ -11,18 +11,20 @@ from torch import Tensor, fx
 
 from demp_fx.calls import called
 from demp_fx.channels.analysis import walk
+from demp_fx.channels.constraints import Site
 from demp_fx.channels.cuts import Cuts, decide
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import varying
-from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Site
-from demp_fx.channels.walk import RefusalError, Walk
+from demp_fx.channels.nodes import RefusalError
+from demp_fx.channels.solution import Solution
+from demp_fx.channels.walk import Walk
 from demp_fx.errors import DempError
 from demp_fx.passes.asked import Asked
 from demp_fx.passes.narrow import narrow
 from demp_fx.passes.plan import PruningPlan
 from demp_fx.passes.planner import plan_of
-from demp_fx.passes.resize import ROWS, MisfitError
+from demp_fx.passes.resize import ROWS
+from demp_fx.passes.sizes import MisfitError
 from demp_fx.turns import in_turn
 
 _NOTHING = Asked()

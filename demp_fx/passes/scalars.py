@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from demp_fx.calls import ASKS, COUNTS, called
 from demp_fx.passes.frozen import restored
 from demp_fx.passes.plan import Frozen, Literal
-from demp_fx.passes.resize import SIZED, MisfitError, Sizes
+from demp_fx.passes.resize import SIZED
+from demp_fx.passes.sizes import MisfitError, Sizes
 
 
 def narrower_sizes(graph: fx.GraphModule, sizes: Sizes) -> set[fx.Node]:

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from demp_fx.channels.analysis import walk as walk_anew
+from demp_fx.channels.constraints import Axis
 from demp_fx.channels.dependencies import DependencyGraph
-from demp_fx.channels.solve import Solution
-from demp_fx.channels.system import Axis
+from demp_fx.channels.solution import Solution
 from demp_fx.channels.walk import Walk
 from demp_fx.passes.make_plan import Planned
 from demp_fx.passes.outcome import CompileReport, Pinned, Width

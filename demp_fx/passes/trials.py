@@ -11,23 +11,37 @@ from torch import Tensor
 
 from demp_fx.inputs import Inputs
 
+FEW = 3  # samples tell as much as many do
 SMALL = 64  # smaller images are made larger for another try, others smaller
 
 
-def fresh(inputs: Inputs, extra: int = 0) -> Inputs:
-    """Random inputs of the shapes of `inputs`, with `extra` more samples; integers are reused."""
-    tensors = inputs.tensors
-    batched = all(t.dim() for t in tensors) and len({t.shape[0] for t in tensors}) == 1
+def fresh(inputs: Inputs) -> Inputs:
+    """Random inputs of the shapes of `inputs`, of another number of samples: one more than there
+    are, or few where there are many; integers are reused."""
+    batched = _is_batched(inputs)
     generator = torch.Generator().manual_seed(0)
 
     def draw(t: Tensor) -> Tensor:
-        size = t.shape[0] + extra if batched else t.shape[0] if t.dim() else 1
+        samples = t.shape[0] if t.dim() else 1
+        if batched:
+            samples = samples + 1 if samples < FEW else FEW - (samples == FEW)
         if t.is_floating_point():
-            shape = (size, *t.shape[1:]) if t.dim() else ()
+            shape = (samples, *t.shape[1:]) if t.dim() else ()
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(t)
-        return t[torch.arange(size, device=t.device) % t.shape[0]] if t.dim() else t
+        return t[torch.arange(samples, device=t.device) % t.shape[0]] if t.dim() else t
 
     return inputs.map(draw)
+
+
+def few(inputs: Inputs) -> Inputs:
+    """The first few samples of `inputs`."""
+    return inputs.map(lambda t: t[:FEW]) if _is_batched(inputs) else inputs
+
+
+def _is_batched(inputs: Inputs) -> bool:
+    """Whether all tensors begin with the same dim, which is taken for that of the samples."""
+    tensors = inputs.tensors
+    return all(t.dim() for t in tensors) and len({t.shape[0] for t in tensors}) == 1
 
 
 def resized(inputs: Inputs, odd: bool = False) -> Inputs | None:

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.operator_schemas import get_signature_for_torch_op
@@ -78,7 +79,7 @@ def _signatures(function: Callable[..., Any]) -> list[dict[str, inspect.Paramete
 
 def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
     """A target and its arguments: each size one of its own, each dim a number, an index of several
-    dims a tuple, and for the name of a tensor's type that tensor."""
+    dims a tuple, for the name of a tensor's type that tensor, and numbers for an array of them."""
     if target in ORDERED:
         x, *dims = args
         if any(type(dim) is not int for dim in dims):
@@ -88,6 +89,8 @@ def spelled_out(target: Any, args: Any, values: Values) -> tuple[Any, Any]:
         return target, (args[0], tuple(args[1]))
     if target == "type" and len(args) == 2 and (like := _typed(args[1])) is not None:
         return "type_as", (args[0], like)
+    if target == "new_tensor" and isinstance(args[-1], np.ndarray):  # its own type counts nothing
+        return target, (*args[:-1], args[-1].tolist())
     shaped = target in SHAPED and args and isinstance(args[-1], fx.Proxy)
     if not shaped and not (target in LIKE and len(args) == 2):
         return target, args

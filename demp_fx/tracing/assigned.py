@@ -68,6 +68,8 @@ def keep_assigned(tracer: Tracer) -> None:
 
 def _keep(tracer: Tracer, name: str, value: Any) -> None:
     old, new = tracer.state.get(name), tracer.values.of(value)
+    if value.node.op == "get_attr" and tracer.state.get(value.node.target) is old:
+        return  # it is the same that it was
     read = tracer.tensor_proxies.get(name)
     kept = name not in tracer.states or (read is not None and read.node.users)
     if kept and all(isinstance(t, Tensor) for t in (old, new)) and _form(old) == _form(new):

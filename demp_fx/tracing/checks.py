@@ -94,6 +94,12 @@ def _is_caught(source: types.CodeType, at: int) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _instructions(source: types.CodeType) -> Code:
+    """By offset, those of what an instruction keeps behind itself included: a frame may say that it
+    is there while it calls."""
     listed = list(dis.get_instructions(source))
-    ends = [*(i.offset for i in listed[1:]), -1]
-    return {i.offset: (i, end) for i, end in zip(listed, ends, strict=True)}
+    ends = [*(i.offset for i in listed[1:]), len(source.co_code)]
+    return {
+        offset: (i, end)
+        for i, end in zip(listed, ends, strict=True)
+        for offset in range(i.offset, end, 2)
+    }

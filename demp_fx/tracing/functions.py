@@ -1,14 +1,15 @@
 """What of torch is replaced while a model is traced.
 
-ATen's functions become nodes whatever argument the proxy is. Autograd functions become one node
-each, so that their own backward stays; a batch norm's forward, which branches on `training`, is
-one wherever a subclass calls it; and checks of what is traced are passed.
+ATen's functions become nodes whatever argument the proxy is. A batch norm's forward, which branches
+on `training`, is one wherever a subclass calls it; and checks of what is traced are passed.
+(Autograd functions: see `autograd.py`.)
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,45 +17,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd import Function, Variable
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd import Variable
 from torch.distributions import Distribution
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_overridable_functions
-from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 from demp_fx.expressions import attention_function
 from demp_fx.tracing.values import DRAWS
-
-_STEPS = ("forward", "setup_context")  # what `Function.apply` calls
-
-
-class Apply:
-    """Calls an autograd function. `Function.apply` itself says that it is torch's own, and
-    torch.fx would write it as such."""
-
-    def __init__(self, function: type[Function]) -> None:
-        self.function = function
-        self.__module__ = function.__module__
-        self.__name__ = function.__name__
-        self.__qualname__ = f"{function.__qualname__}.apply"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return self.__qualname__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return apply_of, (self.function,)
-
-
-@functools.cache
-def apply_of(function: type[Function]) -> Apply:
-    """What calls an autograd function: one object, as code has one name for it."""
-    return Apply(function)
 
 
 def proxy_in(arguments: Iterable[Any]) -> fx.Proxy | None:
@@ -134,41 +105,40 @@ def aten_as_nodes(tracer: Any) -> Iterator[None]:
         yield
 
 
+# What a tensor is told sizes or places for, which its own code wants as numbers.
+_SIZED = ("expand", "view", "reshape", "repeat", "tile", "narrow", "select", "roll", "unflatten",
+          "new_zeros", "new_ones", "new_full", "new_empty")  # fmt: skip
+
+
+def _told(name: str) -> Callable[..., Any]:
+    """A method of tensors that is a node where it is told a proxy (as any method of a proxy is)."""
+    method = getattr(torch.Tensor, name)
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        proxy = proxy_in((*args, *kwargs.values()))
+        if proxy is None:
+            return method(self, *args, **kwargs)
+        return proxy.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    return call
+
+
 @contextmanager
-def as_nodes(tracer: fx.Tracer) -> Iterator[None]:
-    """Meanwhile `Function.apply` of a proxy is a node that calls it.
-
-    Left alone it would run the forward on proxies, and the graph's gradient would be that of the
-    forward. What is replaced is the forward that every `apply` looks up, however early itself was
-    looked up. Torch's own functions (checkpointing, hooks) run through: their gradient is that of
-    their forward.
-    """
-    plain = type.__getattribute__
-
-    def lookup(cls: Any, name: str) -> Any:
-        found = plain(cls, name)
-        if name not in _STEPS or plain(cls, "__module__").startswith("torch."):
-            return found
-        split = plain(cls, "setup_context") is not _SingleLevelFunction.setup_context
-
-        @functools.wraps(found)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            applied = split or (bool(args) and isinstance(args[0], plain(cls, "_backward_cls")))
-            leaves = pytree.tree_leaves((args, kwargs)) if applied else ()
-            if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-                return found(*args, **kwargs)
-            if name == "setup_context":
-                return None
-            return tracer.create_proxy("call_function", apply_of(cls), args[not split :], kwargs)
-
-        return step if name == "forward" or split else found
-
-    meta: Any = type(Function)
-    meta.__getattribute__ = lookup
+def methods_as_nodes() -> Iterator[None]:
+    """Meanwhile the methods of the code's own tensors take proxies for sizes."""
+    kind: Any = torch.Tensor
+    before = {name: vars(kind).get(name) for name in _SIZED}
+    for name in _SIZED:
+        setattr(kind, name, _told(name))
     try:
         yield
     finally:
-        del meta.__getattribute__
+        for name, method in before.items():
+            if method is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, method)
 
 
 @contextmanager
@@ -295,10 +265,20 @@ def distributions_of_proxies() -> Iterator[None]:
     def extended(self: Any, sample_shape: Iterable[Any] = ()) -> tuple[Any, ...]:
         return (*sample_shape, *self._batch_shape, *self._event_shape)
 
+    def broadcast(*shapes: Any) -> Any:
+        if proxy_in(shapes) is None:
+            return together(*shapes)
+        backwards = itertools.zip_longest(*(tuple(shape)[::-1] for shape in shapes), fillvalue=1)
+        return tuple(next((n for n in sizes if n != 1), 1) for sizes in backwards)[::-1]
+
     kind: Any = Distribution
     checks, shape = kind._validate_args, kind._extended_shape
+    home: Any = torch
+    together = home.broadcast_shapes
     kind._validate_args, kind._extended_shape = False, extended
+    home.broadcast_shapes = broadcast
     try:
         yield
     finally:
         kind._validate_args, kind._extended_shape = checks, shape
+        home.broadcast_shapes = together

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,13 @@ def merge(evaluated: Version, trained: Version, typical: str = "") -> fx.Graph:
     return _Merge(evaluated, trained, typical).run()
 
 
+def _opcodes(a: list[Any], b: list[Any]) -> Sequence[tuple[str, int, int, int, int]]:
+    """What `difflib` says of two sequences, which takes its time for what repeats itself."""
+    if a == b:
+        return [("equal", 0, len(a), 0, len(b))]
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+
+
 @dataclass
 class _Merge:
     evaluated: Version
@@ -57,8 +64,7 @@ class _Merge:
 
     def run(self) -> fx.Graph:
         a, b = list(self.evaluated.graph.nodes), list(self.trained.graph.nodes)
-        matcher = difflib.SequenceMatcher(None, _keys(a), _keys(b), autojunk=False)
-        for kind, i, i_end, j, j_end in matcher.get_opcodes():
+        for kind, i, i_end, j, j_end in _opcodes(_keys(a), _keys(b)):
             if kind == "equal":
                 for e, t in zip(a[i:i_end], b[j:j_end], strict=True):
                     self._both(e, t)

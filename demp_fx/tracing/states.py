@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,16 +67,23 @@ def written_attributes(graph: fx.Graph, root: nn.Module, names: Iterable[str]) -
     written = [
         operator.attrgetter(str(n.target))(root)
         for n in graph.nodes
-        if n.op == "get_attr" and _is_written(n)
+        if n.op == "get_attr" and is_written(n)
     ]
     return {memory[at] for at in map(memory_of, written) if at in memory}
 
 
-def _is_written(node: fx.Node) -> bool:
+def written_among(graph: fx.Graph, names: Collection[str]) -> str:
+    """The first of these attributes that nodes of a graph write to, or ""."""
+    nodes = graph.find_nodes(op="get_attr")
+    return next((str(n.target) for n in nodes if n.target in names and is_written(n)), "")
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether others write to what a node gives, or to a part of it."""
     return any(
         (user.args[:1] == (node,) and is_write(user))
         or user.kwargs.get("out") is node
-        or (is_view(user) and _is_written(user))
+        or (is_view(user) and is_written(user))
         for user in node.users
     )
 

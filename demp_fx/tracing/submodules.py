@@ -62,7 +62,8 @@ class Submodules(Decisions):
         kwargs = kwargs.get(_NAMED, kwargs)
         if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
-        if not is_hooked(m) and "forward" not in vars(m):
+        scripted = isinstance(m, torch.jit.ScriptModule)  # torch cannot be asked for its forward
+        if not (scripted or is_hooked(m) or "forward" in vars(m)):
             check_taken(type(m).forward, (m, *args), kwargs)  # code may try what it takes
         name = self.path_of_module(m)
         expression = self._expression(m)

@@ -24,21 +24,23 @@ from torch.utils import _pytree as pytree
 from demp_fx.expressions import expression_of
 from demp_fx.tracing.arguments import FILLED, filled, in_place, spelled_out
 from demp_fx.tracing.assigned import items_as_nodes, keep_assigned
-from demp_fx.tracing.augmented import MOVES, is_write, keep_in_place, writes
+from demp_fx.tracing.augmented import keep_in_place, writes
+from demp_fx.tracing.autograd import as_nodes
 from demp_fx.tracing.checks import is_checked
 from demp_fx.tracing.functions import (
     ATEN,
-    as_nodes,
     aten_as_nodes,
     attention_in_parts,
     batch_norms_as_nodes,
     checks_of_proxies,
     distributions_of_proxies,
     kinds_of_devices,
+    methods_as_nodes,
     scripts_as_python,
     variables_of_proxies,
 )
 from demp_fx.tracing.kinds import proxies_are_tensors
+from demp_fx.tracing.mapped import vmap_of_proxies
 from demp_fx.tracing.memo import is_made_anew
 from demp_fx.tracing.modes import kept_modes
 from demp_fx.tracing.module import left_out
@@ -52,9 +54,11 @@ from demp_fx.tracing.states import (
     changed_attributes,
     kept_memory,
     memory_of,
+    written_among,
     written_attributes,
 )
 from demp_fx.tracing.submodules import Submodules, any_keyword, hears_gradients, is_hooked
+from demp_fx.tracing.unused import drop_unused
 from demp_fx.tracing.values import (
     NUMBERS,
     Values,
@@ -65,18 +69,14 @@ from demp_fx.tracing.values import (
 )
 from demp_fx.tracing.written import Written, as_written, give_back
 
-# Without a user these leave no trace: the rest of control flow that has been decided.
-_PURE: set[Any] = {getattr, operator.getitem, operator.not_, operator.and_, operator.or_}
-_PURE |= {operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge}
-_PURE |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
-# Nor does what only moves numbers that nobody reads: it may tell of sizes that happen to be alike.
-_PURE |= {*MOVES, "type"}
 # What gives a tensor itself another shape: all that has it sees the result from then on.
 _SHAPED_IN_PLACE = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 # Packages whose functions want sizes as plain numbers: these stay calls, and look at any size anew.
 PLAIN_SIZES = ("einx",)
 # What takes an item out of a tuple, list or dict.
 _ITEMS = {operator.getitem, "get", "pop"}
+# Types of Python that torch takes for those of tensors.
+_KINDS = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 # Arguments of these types are in the graph as they are.
 _LITERALS = {type(None), bool, int, float, str, torch.dtype}
 
@@ -131,7 +131,8 @@ class Tracer(Submodules):
             preserved(root.modules()), as_nodes(self), aten_as_nodes(self), attention_in_parts(),
             batch_norms_as_nodes(self), checks_of_proxies(), distributions_of_proxies(),
             variables_of_proxies(), regions_as_nodes(self), sizes_stay(root), scripts_as_python(),
-            items_as_nodes(self), kinds_of_devices(self),
+            items_as_nodes(self), kinds_of_devices(self), vmap_of_proxies(self),
+            methods_as_nodes(),
         ):  # fmt: skip
             set_modes({**self.flags, **self.kept})
             if hears_gradients(root):
@@ -140,20 +141,15 @@ class Tracer(Submodules):
             before = attributes(root)
             try:
                 graph = super().trace(root, concrete_args)
+                if changing := written_among(graph, self.values.asked):
+                    raise TypeError(f"{changing} is asked for, and changed")
                 keep_in_place(graph, self.augmented, self.values.of_node)
                 self.changed = written_attributes(graph, root, before)
             finally:
                 self._take_back()
                 self.changed |= changed_attributes(before, root)
         graph._tracer_cls = None
-        for node in reversed(graph.nodes):
-            node.meta.pop("is_wrapped", None)  # else the code would wrap torch's functions
-            calls = node.op in ("call_function", "call_method")
-            checked = node in self.checks and not is_write(node)
-            pure = calls and (node.target in _PURE or checked)
-            if not node.users and (node.op == "get_attr" or pure):
-                self.checks.update(node.all_input_nodes if checked else ())
-                graph.erase_node(node)
+        drop_unused(graph, self.checks)
         drop_empty(graph)
         return graph
 
@@ -306,8 +302,12 @@ class Tracer(Submodules):
         kind = type(a)
         if kind in _LITERALS:
             return a
+        if kind is type and a in _KINDS:  # `torch.ones(4, dtype=bool)`
+            return _KINDS[a]
         if isinstance(a, np.generic):  # numpy's numbers are written in a way that needs its name
             return a.item()
+        if isinstance(a, np.ndarray):
+            return self.create_arg(torch.from_numpy(a.copy()))
         if kind is tuple or kind is list:
             return kind([self.create_arg(item) for item in a])
         if kind is dict and not a:

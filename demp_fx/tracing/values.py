@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from demp_fx.shapes import SHAPES, shape_of
 from demp_fx.tracing.modes import kept_modes
 from demp_fx.tracing.norms import PLAIN
+from demp_fx.tracing.states import is_written
 from demp_fx.trees import tensors_of
 
 # What takes numbers out of a tensor, or a size from them: nothing is known of it by shapes alone,
@@ -70,6 +71,16 @@ def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{path}.{name}" if path else name, tensor
 
 
+def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The whole numbers that modules keep in buffers which no checkpoint has (strides, say): they
+    are the code's own."""
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            t = module._buffers.get(name)
+            if t is not None and not t.dim() and not t.is_floating_point() and not t.is_meta:
+                yield f"{path}.{name}".lstrip("."), t.detach().cpu()
+
+
 class _Shortcuts(TorchDispatchMode):
     """Meanwhile shapes on meta are found out the short way."""
 
@@ -92,6 +103,10 @@ class Values(fx.Interpreter):
         flags: the proxies that stand for them.
         state: the parameters, buffers and other tensors that modules have as attributes, by name;
             forward may have assigned to them since.
+
+    Attributes:
+        numbers: those of the code's own that are in buffers, by name.
+        asked: which of them something was decided by.
     """
 
     def __init__(
@@ -105,6 +120,7 @@ class Values(fx.Interpreter):
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.modes, self.flags, self.state = modes, flags, state
         self.training = {flag.target: modes[module] for module, flag in flags.items()}
+        self.numbers, self.asked = dict(_numbers(root)), set[str]()
         self.device = next((t.device for t in state.values()), torch.device("cpu"))
         self.busy = False  # modules run for real: nothing is to be recorded
         self.tried: set[fx.Node] = set()
@@ -139,6 +155,9 @@ class Values(fx.Interpreter):
             return value
         if node.op == "get_attr" and node.target not in self.state:
             return self.fetch_attr(str(node.target))  # a tensor that the code has made
+        if node.op == "get_attr" and node.target in self.numbers and not is_written(node):
+            self.asked.add(str(node.target))
+            return self.numbers[str(node.target)]
         drawn = getattr(node.target, "__name__", node.target) in DRAWS
         if drawn or node.op not in ("call_function", "call_method"):
             raise TypeError("control flow depends on the values in a tensor")

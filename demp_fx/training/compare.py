@@ -10,7 +10,8 @@ from torch import Tensor
 from demp_fx.errors import VerificationError
 from demp_fx.inputs import Inputs
 from demp_fx.passes.calls import run
-from demp_fx.passes.verify import FOLDED, TOLERANCE, difference
+from demp_fx.passes.sides import difference
+from demp_fx.passes.verify import FOLDED, TOLERANCE
 from demp_fx.tracing.module import TracedModule
 from demp_fx.training.deaths import Dead, held
 from demp_fx.training.dense import Narrowing

@@ -300,7 +300,8 @@ STRUCTURES: dict[str, Structure] = {
         lambda: Grouped(nn.ConvTranspose1d, 2), _LINE, {"a": (7, 3, 1), "norm": (9,)},
     ),
     "depthwise, transposed": (
-        lambda: Grouped(nn.ConvTranspose1d, 12), _LINE, {"b": (9, 1, 3), "c": (4, 9, 1)},
+        lambda: Grouped(nn.ConvTranspose1d, 12), _LINE,
+        {"a": (6, 3, 1), "b": (6, 1, 3), "c": (4, 6, 1)},
     ),
     "group norm": (
         lambda: Normed(nn.GroupNorm(4, 12)), _LINE,

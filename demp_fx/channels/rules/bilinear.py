@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import along, varying
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
 LAYER = ([1, 3], [0], [1, 2], [2, 3])  # where `nn.Bilinear` lets dims stand, and which it sums

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Product
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Stream
-from demp_fx.channels.system import Product
 from demp_fx.channels.value import Call
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from demp_fx.channels.blanks import adopt
 from demp_fx.channels.blocks import outer_to_inner, rows_of
+from demp_fx.channels.constraints import Fold, Multiple, Read
 from demp_fx.channels.labels import along, moved, varying
 from demp_fx.channels.rules.cells import told_apart
 from demp_fx.channels.rules.known import constants, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Fold, Multiple, Read
 from demp_fx.channels.value import Call
 from demp_fx.shapes import ALIGNED
 

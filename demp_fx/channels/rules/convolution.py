@@ -7,15 +7,16 @@ from torch import Tensor
 
 from demp_fx.channels.blanks import adopt
 from demp_fx.channels.blocks import repeats_along
+from demp_fx.channels.constraints import Blocks, Grouping, Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.contract import add_bias, meet
 from demp_fx.channels.rules.known import offset_of, zero_at
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.rules.samplewise import samples_in, samplewise
-from demp_fx.channels.stream import STRUCTURE, Rule, Stream
-from demp_fx.channels.system import Blocks, Grouping, Read
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
+from demp_fx.channels.values import STRUCTURE
 
 aten = torch.ops.aten
 
@@ -33,7 +34,12 @@ def convolution(walk: Stream, call: Call) -> None:
         aside = _set_aside(walk, call)
     if groups == 1:
         dense(walk, call)
-    elif groups == x.size(1) and weight.size(1) == 1 and not transposed:
+    elif (
+        groups == x.size(1)
+        and weight.size(1) == 1
+        and not transposed
+        and (groups == weight.size(0) or any(1 in varying(label) for label in value.labels))
+    ):
         depthwise(walk, call)
     else:
         grouped(walk, call)
@@ -111,13 +117,22 @@ def _steps(call: Call, dim: int) -> bool:
     return weight.size(dim) == 1 and stride == 1 and padding == 0
 
 
+def _source(walk: Stream, call: Call) -> Tensor | None:
+    """The channels of the input, if they have one name each. Where there are others in each sample
+    (of the heads, which stand in the batch), what is at one place in all of them is one."""
+    found = Operand(call.args[0], "bi").labels(walk, "i")
+    if len(found) != 1:
+        return None
+    return walk.tie(found[0], tuple(d for d in varying(found[0]) if d != 1), call).reshape(-1)
+
+
 def depthwise(walk: Stream, call: Call) -> None:
     """Channel c makes outputs c * m ... c * m + m - 1, and nothing else does."""
     x, weight, bias = call.args[:3]
     out = call.outputs[0]
     rank, size, times = x.dim(), x.size(1), weight.size(0) // x.size(1)
     filters = Operand(weight, "o").single(walk, "o")
-    source = Operand(x, "bi").single(walk, "i")
+    source = _source(walk, call)
     if filters is None and source is not None and 0 in walk.value(weight).blank:
         filters = source.repeat_interleave(times)  # the same kernel for as many as there are
         adopt(walk, weight, along(filters, weight.dim(), 0))
@@ -178,8 +193,11 @@ def grouped(walk: Stream, call: Call) -> None:
             walk.pin(call, label, STRUCTURE)
     macs = (x if transposed else out).numel() * (weight.numel() // weight.size(0))
     walk.system.multiply(macs, *walk.value(x).labels, *walk.value(weight).labels)
-    source = Operand(x, "bi").single(walk, "i")
+    source = _source(walk, call)
     filters = Operand(weight, "o").single(walk, "o")
+    if source is None and not any(1 in varying(label) for label in walk.value(x).labels):
+        source = walk.system.fresh(call.site.node, -1, x.size(1)).atoms  # for as long as it is here
+        walk.pin(call, source, "grouped convolution of channels that no parameter makes")
     name, consumer = walk.name_of(weight), None
     if name is None:  # a weight that is computed: what a filter loses is taken out on the way
         name, consumer = walk.maker(weight), call.site.node
@@ -210,12 +228,20 @@ def grouped(walk: Stream, call: Call) -> None:
         Read(source, (produced,), None, silent, None, 0, weight.numel(), call.site,
              gate.repeat_interleave(ins.size(1)))
     )  # fmt: skip
-    offset = offset_of(walk, bias, out.size(1))
-    known = None
-    if walk.with_facts and offset is not None:
-        known = (_silent(walk, weight, groups, offset) if transposed
-                 else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
+    offset = offset_of(walk, bias, out.size(1)) if walk.with_facts else None
+    known = None if offset is None else _of_groups(walk, call, silent, offset)
     walk.give(out, tuple(labels), None if known is None else known.spread(x.dim(), 1))
+
+
+def _of_groups(walk: Stream, call: Call, silent: Tensor | None, offset: Tensor) -> Facts | None:
+    """Outputs that are the bias: where a filter is zero, and where nothing goes into a group."""
+    weight, groups, transposed = call.args[1], call.args[8], call.args[6]
+    known = (_silent(walk, weight, groups, offset) if transposed
+             else _channelwise(walk, weight, None, offset, 1, padded=True))  # fmt: skip
+    if silent is None:
+        return known
+    empty = silent.reshape(groups, -1).all(1).repeat_interleave(offset.numel() // groups)
+    return Facts.of(empty if known is None else empty | known.flat, offset.expand(2, -1))
 
 
 def _unheard(

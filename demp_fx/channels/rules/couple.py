@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.blocks import outer_to_inner, rows_of
+from demp_fx.channels.constraints import Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import moved, varying
 from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.rules.pointwise import aligned
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
 Dims = Callable[[Call, int], list[int]]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from demp_fx.channels.rules.couple import couple, trailing
-from demp_fx.channels.rules.pointwise import aligned, constants
+from demp_fx.channels.rules.elementwise import constants
+from demp_fx.channels.rules.pointwise import aligned
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 

@@ -10,6 +10,7 @@ from demp_fx.channels.blocks import rows_of
 from demp_fx.channels.facts import Facts, joined, same_place, unknown
 from demp_fx.channels.labels import along, beside, varying
 from demp_fx.channels.rules.move import compressed
+from demp_fx.channels.rules.pointwise import adopted
 from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
 
@@ -20,6 +21,7 @@ def cat(walk: Stream, call: Call) -> None:
     tensors = [t for t in tensors if t.dim() == out.dim()]
     dim = (call.arg("dim") or 0) % out.dim()
     _adopt(walk, tensors, dim)
+    adopted(walk, tensors, out.dim(), aside=dim)
     given = _levelled(walk, call, tensors, dim)
     for found in given:  # a dim that two axes were merged into has two labels, a join has one
         keys = [varying(label) for label in found]
@@ -65,6 +67,7 @@ def stack(walk: Stream, call: Call) -> None:
     """Values beside each other on a new dim: what is at one place in each of them is one."""
     tensors, out = call.tensors, call.outputs[0]
     dim = (call.arg("dim") or 0) % out.dim()
+    adopted(walk, tensors, tensors[0].dim())
     given = _levelled(walk, call, tensors)
     labels: dict[tuple[int, ...], Tensor] = {}
     for key in sorted({varying(label) for found in given for label in found}):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Stream
-from demp_fx.channels.system import Read
 
 
 def constants(

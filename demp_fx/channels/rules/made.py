@@ -73,4 +73,5 @@ def _one_number(walk: Stream, call: Call, out: Tensor) -> Facts | None:
 
 
 RULES: dict[str, Rule] = {**dict.fromkeys(LIKE, like), **dict.fromkeys(FILLS, fill),
-                          "aten::scalar_tensor": scalar, "aten::lift_fresh": literal}  # fmt: skip
+                          **dict.fromkeys(("aten::lift_fresh", "aten::lift_fresh_copy"), literal),
+                          "aten::scalar_tensor": scalar}  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 from demp_fx.channels.blanks import stays_blank
 from demp_fx.channels.blocks import nested, without_repeats
 from demp_fx.channels.facts import Facts
-from demp_fx.channels.labels import compress, repeats, reshaped, varying
+from demp_fx.channels.labels import Labels, compress, repeats, reshaped, varying
 from demp_fx.channels.rules.cells import merged
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.value import Call
+from demp_fx.channels.value import Call, Value
 
 TRIANGLES = {"aten::tril", "aten::triu"}
 RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias"}
@@ -45,23 +45,7 @@ def move(walk: Stream, call: Call) -> None:
     name = call.op._schema.name
 
     def apply(t: Tensor) -> list[Tensor]:
-        if name in RESHAPES:
-            return [reshaped(t, tensor.shape, call.outputs[0].shape)]
-        if name in PICKS and isinstance(call.args[1], int):
-            dim, index = call.args[1:3]
-            return [t if t.size(dim) == 1 else t.index_select(dim, index)]
-        if name in PARTS and t.size(call.arg("dim") or 0) == 1:  # it may be a part without numbers
-            return [t] * len(call.outputs)
-        if name == "aten::expand":  # likewise
-            return [t.reshape((1,) * (call.outputs[0].dim() - t.dim()) + t.shape)]
-        if name == "aten::repeat" and not all(call.args[1]):  # it is empty, and has channels
-            times = call.args[1]
-            gone = [d for d, n in enumerate(times) if n == 0]
-            if not set(gone) & {d + len(times) - t.dim() for d in varying(t)}:
-                return [compress(t.expand(tensor.shape).repeat([n or 1 for n in times]))]
-        whole = t if name in PERMUTES else t.expand(tensor.shape)
-        result = call.op(whole, *call.args[1:], **call.kwargs)
-        return [result] if isinstance(result, Tensor) else list(result)
+        return _moved(call, t, tensor)
 
     walk.moves += 1
     inside = name in TRIANGLES and {tensor.dim() - 2, tensor.dim() - 1}
@@ -83,32 +67,60 @@ def move(walk: Stream, call: Call) -> None:
             known = walk.slices(value.data)
     facts = _facts(known, apply) if walk.with_facts else None
     for k, out in enumerate(call.outputs):
-        labels = []
-        for before, after in zip(value.labels, (compress(r[k]) for r in results), strict=True):
-            if after.numel() <= 1:
-                if before.numel() > 1:
-                    walk.pin(call, after, "a single channel is taken")
-                    if name in PICKS:  # by its number, which others before it change
-                        walk.unfit.append((before, f"{name} rearranges channels"))
-                continue
-            fitting = fits(walk, before, after, call)
-            if not fitting and len(value.labels) > 1 and walk.system.is_fixed(before):
-                continue  # it stays anyway: the others need not be moved with it
-            if not fitting and not bool(before.all()):  # beside what may be as long as the input
-                walk.pin(call, before, f"{name} rearranges channels")
-                continue
-            labels.append(after)
-            walk.merged |= after.numel() > before.numel()
-            if len(varying(after)) > 1:
-                walk.shaped.append(after)
-            if not fitting:
-                walk.unfit.append((before, f"{name} rearranges channels"))
-        found = tuple(labels)
+        found = _kept(walk, call, value, [compress(r[k]) for r in results])
         if name in RESHAPES and not value.table and walk.running.node in walk.running.given:
             found = merged(walk, call, found)
         walk.give(out, found, facts[k] if facts else None, real[k], moved=True)
     if value.blank and call.op.is_view:
         stays_blank(walk, tensor, call.outputs, apply)
+
+
+def _moved(call: Call, t: Tensor, tensor: Tensor) -> list[Tensor]:
+    """The op applied to a label, or to facts, of its operand `tensor`: as small as they are."""
+    name = call.op._schema.name
+    if name in RESHAPES:
+        return [reshaped(t, tensor.shape, call.outputs[0].shape)]
+    if name in PICKS and isinstance(call.args[1], int):
+        dim, index = call.args[1:3]
+        return [t if t.size(dim) == 1 else t.index_select(dim, index)]
+    if name in PARTS and t.size(call.arg("dim") or 0) == 1:  # it may be a part without numbers
+        return [t] * len(call.outputs)
+    if name == "aten::expand":  # likewise
+        return [t.reshape((1,) * (call.outputs[0].dim() - t.dim()) + t.shape)]
+    if name == "aten::repeat" and not all(call.args[1]):  # it is empty, and has channels
+        times = call.args[1]
+        gone = [d for d, n in enumerate(times) if n == 0]
+        if not set(gone) & {d + len(times) - t.dim() for d in varying(t)}:
+            return [compress(t.expand(tensor.shape).repeat([n or 1 for n in times]))]
+    whole = t if name in PERMUTES else t.expand(tensor.shape)
+    result = call.op(whole, *call.args[1:], **call.kwargs)
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _kept(walk: Stream, call: Call, value: Value, moved: list[Tensor]) -> Labels:
+    """Which labels the result has: those of the operand, `moved`, but where narrowing would break
+    the movement and nothing else can be done."""
+    name, labels = call.op._schema.name, []
+    for before, after in zip(value.labels, moved, strict=True):
+        if after.numel() <= 1:
+            if before.numel() > 1:
+                walk.pin(call, after, "a single channel is taken")
+                if name in PICKS:  # by its number, which others before it change
+                    walk.unfit.append((before, f"{name} rearranges channels"))
+            continue
+        fitting = fits(walk, before, after, call)
+        if not fitting and len(value.labels) > 1 and walk.system.is_fixed(before):
+            continue  # it stays anyway: the others need not be moved with it
+        if not fitting and not bool(before.all()):  # beside what may be as long as the input
+            walk.pin(call, before, f"{name} rearranges channels")
+            continue
+        labels.append(after)
+        walk.merged |= after.numel() > before.numel()
+        if len(varying(after)) > 1:
+            walk.shaped.append(after)
+        if not fitting:
+            walk.unfit.append((before, f"{name} rearranges channels"))
+    return tuple(labels)
 
 
 def fits(walk: Stream, before: Tensor, after: Tensor, call: Call) -> bool:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from demp_fx.channels.constraints import Read
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, along, varying
 from demp_fx.channels.rules.couple import couple
 from demp_fx.channels.rules.known import zero_at
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Read
 from demp_fx.channels.value import Call
 
 aten = torch.ops.aten
@@ -132,7 +131,7 @@ def _blank(walk: Stream, x: Tensor, dims: tuple[int, ...]) -> Facts | None:
 def weight_norm(walk: Stream, call: Call) -> None:
     """A weight of length one along each index of a dim, times a scale of that index."""
     g, dim = call.args[1], call.arg("dim")
-    _by_index(dim)(walk, call)
+    _by_index(walk, call)
     weight, norms = call.outputs
     for scale in walk.value(g).labels:
         for label in walk.value(weight).labels:
@@ -144,12 +143,12 @@ def weight_norm(walk: Stream, call: Call) -> None:
     walk.give(norms, ())
 
 
-@functools.cache
-def _by_index(dim: int) -> Rule:
-    def others(call: Call, rank: int) -> list[int]:
-        return [d for d in range(rank) if d != dim]
+def _others(call: Call, rank: int) -> list[int]:
+    """All dims but the one that the argument `dim` names."""
+    return [d for d in range(rank) if d != call.arg("dim") % rank]
 
-    return couple(others, "weight norm", None)
+
+_by_index = couple(_others, "weight norm", None)
 
 
 def group_norm(walk: Stream, call: Call) -> None:
@@ -253,4 +252,5 @@ RULES: dict[str, Rule] = {
     "aten::native_layer_norm": layer_norm,
     "aten::native_group_norm": group_norm,
     "aten::_weight_norm_interface": weight_norm,
+    "aten::renorm": couple(_others, "limit of norms", "zero"),
 }

@@ -74,7 +74,7 @@ def _margins(walk: Stream, ends: Ends, rank: int) -> dict[int, int] | None:
         amounts = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else None)
         with suppress(Exception):  # not all that makes numbers can be run again
             larger = (at_larger(walk.running.env, amounts, n) for n in range(1, MANY))
-            found += [_ends(given, rank) for given in larger]
+            found += [_ends(list(map(int, given)), rank) for given in larger]
         if len(found) < MANY:
             return None
     widest = {d: max(max(at[d]) for at in found) for d in ends}

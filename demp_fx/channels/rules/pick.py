@@ -11,8 +11,9 @@ from torch import Tensor
 from demp_fx.channels.labels import repeats, varying
 from demp_fx.channels.rules.move import move
 from demp_fx.channels.rules.pointwise import aligned
-from demp_fx.channels.stream import STRUCTURE, Rule, Stream
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call, Value
+from demp_fx.channels.values import STRUCTURE
 
 
 def index(walk: Stream, call: Call) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from demp_fx.channels.blanks import adopt
+from demp_fx.channels.constraints import Blocks, Fold, Read
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import along, same_label, varying
 from demp_fx.channels.rules.contract import UNLABELLED
 from demp_fx.channels.rules.operand import Operand
 from demp_fx.channels.stream import Rule, Stream
-from demp_fx.channels.system import Blocks, Fold, Read
 from demp_fx.channels.value import Call
 from demp_fx.trees import tensors_of
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from demp_fx.channels.facts import Facts
 from demp_fx.channels.labels import Labels, compress, varying
+from demp_fx.channels.rules.elementwise import either
 from demp_fx.channels.rules.pick import indexed, somewhere
-from demp_fx.channels.rules.pointwise import aligned, either
-from demp_fx.channels.stream import STRUCTURE, Rule, Stream
+from demp_fx.channels.rules.pointwise import aligned
+from demp_fx.channels.stream import Rule, Stream
 from demp_fx.channels.value import Call
+from demp_fx.channels.values import STRUCTURE
 
 aten = torch.ops.aten
 PLACED = "numbers are put in places along its axis"
