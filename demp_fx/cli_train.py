@@ -113,11 +113,12 @@ def show_on_stdout(what: Any) -> None:
     from rich.console import Console
 
     try:
-        if isinstance(what, str):
-            click.echo(what)
-        else:
-            Console().print(what)
-        sys.stdout.flush()
+        if not isinstance(what, str):
+            console = Console()
+            with console.capture() as captured:
+                console.print(what)
+            what = captured.get().removesuffix("\n")
+        click.echo(what)  # in UTF-8, where a locale knows ASCII alone
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, where, and what it exits with."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -280,6 +281,16 @@ def test_a_place_that_cannot_be_written(net: Path) -> None:
     Path("file").write_text("")
     fails(5, "compile", net, "--input", "1x3x8x8", "--out", "file/out")
     fails(5, "inspect", net, "--input", "1x3x8x8", "--out", "file/deps.txt")
+
+
+def test_names_outside_of_ascii_print_in_a_locale_without_them(tmp_path: Path) -> None:
+    text = "from torch import nn\nmodel = nn.Sequential()\nmodel.add_module('é', nn.Linear(3, 2))\n"
+    (tmp_path / "net.py").write_text(text, encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(process("inspect", "net.py", "--input", "1x3"), cwd=tmp_path,
+                          env=os.environ | plain, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "é.weight" in done.stdout.decode("utf-8")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
