@@ -246,3 +246,33 @@ def test_arrays_of_numpy_are_numbers_in_the_code(name: str) -> None:
     narrow = demp_fx.compile(model, X).module
     assert narrow.get_parameter("make.weight").shape == (3, 4)
     torch.testing.assert_close(narrow(X), model(X), rtol=1e-12, atol=1e-12)
+
+
+COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "whole": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "part": lambda model: nn.Sequential(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
+}
+
+
+def in_place(*names: str) -> Callable[[nn.Module], nn.Module]:
+    def compiled(model: nn.Module) -> nn.Module:
+        for name in names:
+            model.get_submodule(name).compile(backend="eager")
+        return nn.Sequential(model)
+
+    return compiled
+
+
+COMPILED |= {"part, in place": in_place(""), "layers, in place": in_place("make", "read")}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_what_torch_has_compiled_is_traced_as_it_is_written(way: str) -> None:
+    model = COMPILED[way](Asks(lambda x: x.view(len(x), 2, 3).flip(1).flatten(1)))
+    result = demp_fx.compile(model, X)
+    notes = result.module.meta["demp_fx"]
+    assert (notes.exported, notes.opaque) == ("", {})
+    shapes = {name: p.shape for name, p in result.module.named_parameters()}
+    assert shapes.keys() == dict(model.named_parameters()).keys()
+    assert sorted(shapes.values()) == sorted([(3, 4), (3,), (3, 3), (3,)])
+    torch.testing.assert_close(result.module(X), model(X), rtol=1e-12, atol=1e-12)

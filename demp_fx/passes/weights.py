@@ -142,6 +142,7 @@ def shallow(module: nn.Module) -> nn.Module:
     new.__dict__.update({
         key: value.copy() if isinstance(value, (dict, set)) else value
         for key, value in module.__dict__.items()
+        if key != "_compiled_call_impl"  # by torch.compile, of the old one
     })  # fmt: skip
     return new
 

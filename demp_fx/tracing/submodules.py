@@ -59,7 +59,7 @@ class Submodules(Decisions):
         return plain or module_qualified_name in self.opaque or module_qualified_name in self.forks
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        kwargs = kwargs.get(_NAMED, kwargs)
+        kwargs, forward = kwargs.get(_NAMED, kwargs), uncompiled(m, forward)
         if self.values.busy or self._is_function(m) or _is_given_nothing(m, args):
             return forward(*args, **kwargs)
         scripted = isinstance(m, torch.jit.ScriptModule)  # torch cannot be asked for its forward
@@ -165,6 +165,14 @@ def any_keyword() -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = through  # type: ignore[method-assign]
+
+
+def uncompiled(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What a call of `module` runs, without torch.compile: no graph can be made of what that runs,
+    and it can be asked for the narrow module anew."""
+    if type(module).__name__ == "OptimizedModule":
+        return module._modules["_orig_mod"]  # type: ignore[return-value]
+    return module._call_impl if vars(module).get("_compiled_call_impl") else forward
 
 
 def _is_given_nothing(module: nn.Module, args: tuple[Any, ...]) -> bool:

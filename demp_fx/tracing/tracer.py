@@ -57,7 +57,13 @@ from demp_fx.tracing.states import (
     written_among,
     written_attributes,
 )
-from demp_fx.tracing.submodules import Submodules, any_keyword, hears_gradients, is_hooked
+from demp_fx.tracing.submodules import (
+    Submodules,
+    any_keyword,
+    hears_gradients,
+    is_hooked,
+    uncompiled,
+)
 from demp_fx.tracing.unused import drop_unused
 from demp_fx.tracing.values import (
     NUMBERS,
@@ -173,7 +179,8 @@ class Tracer(Submodules):
                 arguments[name] = self._placeholder(name, value)
         expression = None if is_hooked(self.root) else expression_of(self.root)
         # _call_impl, not forward: it runs the root's hooks, and a forward set on the instance.
-        call = functools.partial(expression, self.root) if expression else self.root._call_impl
+        written = uncompiled(self.root, self.root._call_impl)
+        call = functools.partial(expression, self.root) if expression else written
 
         def run():  # type: ignore[no-untyped-def]  # fx would take an annotation for the output's
             return self._run(call)
