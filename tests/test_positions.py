@@ -101,3 +101,30 @@ def test_a_map_of_positions_is_as_large_as_the_image() -> None:
     for height, width in (16, 16), (8, 24):
         x = torch.randn(2, 3, height, width).double()
         torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("end", [-1, -2, 40])
+def test_tokens_of_its_own_that_are_left_out_are_left_out_of_any_input(end: int) -> None:
+    class Appended(nn.Module):
+        """Three tokens of its own behind those of the input, of which the last are not read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.embed = nn.Parameter(torch.randn(1, 3, 8)), nn.Linear(6, 8)
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.embed(x), self.tokens.expand(x.shape[0], -1, -1)], 1)
+            result: Tensor = self.out(x[:, :end]).mean(1)
+            return result
+
+    torch.manual_seed(0)
+    model = Appended().double()
+    with torch.no_grad():
+        model.out.weight[:, :4] = 0
+    narrow = demp_fx.compile(model, torch.randn(2, 9, 6).double(), cuts="always").module
+    kept = 3 + end if end < 0 else 3
+    assert narrow.get_parameter("tokens").shape == (1, kept, 4)
+    for length in (5, 9, 12, 50):
+        x = torch.randn(3, length, 6).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -76,15 +76,12 @@ def _getitem(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
             mask = torch.ones(sizes.env[source].size(dim), dtype=torch.bool)  # as before
         whole = isinstance(entry, slice) and entry == slice(None)
         if mask is not None and isinstance(entry, slice) and not whole:
-            ends = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))
-            start, stop, step = slice(*ends).indices(mask.numel())
+            asked = (sizes.number(end) for end in (entry.start, entry.stop, entry.step))
+            start, stop, step = slice(*asked).indices(mask.numel())
             sizes.cut(node, source, dim, start, stop)
             span = (int(mask[:start].sum()), int(mask[:stop].sum()), step)
             if not _follows(entry, span, int(mask.sum()), sizes):
-                left, right = (
-                    _as_written(*end)
-                    for end in ((entry.start, mask, start), (entry.stop, mask, stop))
-                )
+                left, right = _as_written(entry.start, mask, start), _stop(entry.stop, mask, stop)
                 yield Literal(node=node.name, path=path, value=[left, right, step], slice=True)
         elif mask is not None and isinstance(sizes.number(entry), int):
             place = sizes.number(entry) % mask.numel()
@@ -112,6 +109,15 @@ def _as_written(end: Any, mask: Tensor, place: int) -> Any:
     kept = _place(mask, place) if place < mask.numel() else int(mask.sum())
     behind = int(mask.sum()) - kept
     return -behind if isinstance(end, int) and end < 0 and behind else kept
+
+
+def _stop(end: Any, mask: Tensor, place: int) -> Any:
+    """The same of the end of a slice: of another input there may be more in front of it."""
+    if type(end) is int and end < 0 and not bool(mask[place:].any()):
+        return None  # what it leaves out is no longer there
+    if type(end) is int and end > mask.numel():
+        return end - int((~mask).sum())
+    return _as_written(end, mask, place)
 
 
 def _place(mask: Tensor, index: int) -> int:
@@ -156,8 +162,8 @@ def _slice(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
         if mask is not None and isinstance(bound, int):
             end = slice(bound).indices(mask.numel())[1]
             sizes.cut(node, source, dim, end)
-            place = int(mask[:end].sum())
-            yield Literal(node=node.name, path=path, value=place)
+            written = _stop if name == "end" else _as_written
+            yield Literal(node=node.name, path=path, value=written(bound, mask, end))
 
 
 def _split_evenly(node: fx.Node, sizes: Sizes) -> Iterator[Literal]:
