@@ -128,3 +128,28 @@ def test_tokens_of_its_own_that_are_left_out_are_left_out_of_any_input(end: int)
     for length in (5, 9, 12, 50):
         x = torch.randn(3, length, 6).double()
         torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_rolled_as_far_as_the_input_is_long_is_elsewhere_for_another_one() -> None:
+    class Rolled(nn.Module):
+        """Two tokens of each, the second of which holds less; the last one after half a turn."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.two, self.out = nn.Linear(6, 16), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.two.weight[:3] = self.two.bias[:3] = 0
+                self.two.weight[8:14] = self.two.bias[8:14] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.two(x).reshape(x.shape[0], -1, 8)
+            result: Tensor = self.out(x.roll(x.shape[1] // 2, 1)[:, -1])
+            return result
+
+    torch.manual_seed(0)
+    model = Rolled().double()
+    narrow = demp_fx.compile(model, torch.randn(2, 9, 6).double(), cuts="always").module
+    assert narrow.get_parameter("out.weight").shape == (3, 5)
+    for length in (5, 6, 8, 9, 12):
+        x = torch.randn(3, length, 6).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -265,8 +265,31 @@ def _refuse(walk: Stream, call: Call) -> None:
     walk.give(call.outputs[0], ())
 
 
+def roll(walk: Stream, call: Call) -> None:
+    """What is rolled as far as the input's size says is at other places for another input: along
+    those dims, all places are one."""
+    x, rank = call.args[0], call.args[0].dim()
+    dims = {d % rank for d in call.arg("dims") or range(rank)}
+    value = walk.value(x)
+    if walk.running.sized and (value.labels or value.known is not None):
+        labels: list[Tensor] = []
+        for label in value.labels:
+            along = tuple(d for d in varying(label) if d in dims)
+            if along == varying(label):
+                walk.pin(call, label, "is rolled as far as a size of the input says")
+            else:
+                labels.append(walk.tie(label, along, call) if along else label)
+        known = value.facts
+        if known is not None and any(known.aligned(rank).known.size(d) > 1 for d in dims):
+            known = Facts.zeros(known.aligned(rank).zero.all(dim=tuple(dims), keepdim=True))
+        walk.give(call.outputs[0], tuple(labels), known)
+        return
+    move(walk, call)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(REARRANGE, move),
+    "aten::roll": roll,
     "aten::pixel_shuffle": pixel_shuffle,
     "aten::diagonal": diagonal,
     "aten::expand": expand,
