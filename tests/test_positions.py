@@ -153,3 +153,27 @@ def test_what_is_rolled_as_far_as_the_input_is_long_is_elsewhere_for_another_one
     for length in (5, 6, 8, 9, 12):
         x = torch.randn(3, length, 6).double()
         torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_single_token_is_added_to_all_that_another_input_has() -> None:
+    class First(nn.Module):
+        """Pairs of tokens, to each of which something of the first pair is added."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.add, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.add.weight[:5] = self.add.bias[:5] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.avg_pool1d(self.make(x).mT, 2).mT
+            result: Tensor = self.out(x + self.add(x[:, :1]))
+            return result
+
+    torch.manual_seed(0)
+    model = First().double()
+    narrow = demp_fx.compile(model, torch.randn(2, 2, 6).double(), cuts="always").module
+    assert narrow.get_parameter("add.weight").shape == (3, 8)
+    for length in (2, 4, 9):
+        x = torch.randn(3, length, 6).double()
+        torch.testing.assert_close(narrow(x), model(x), rtol=1e-12, atol=1e-12)

@@ -67,7 +67,9 @@ class Places(Stream):
         if not value.labels or value.version != self.version(tensor):
             return tensor
         if self._is_sum(user):
-            return self._cut(n, user, tensor, value, "sum", fixed)
+            # of a single token, a sum may hold several for another input, one of them in all places
+            single = 1 in tensor.shape[1:]
+            return self._cut(n, user, tensor, value, "spread" if single else "sum", fixed)
         readers = sum(1 for reader in n.users if called(reader) not in SIZES)
         if n in self.made:
             only = value.labels
