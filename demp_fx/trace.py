@@ -105,7 +105,8 @@ def _graph(
         raise
     except Exception as error:
         failure, where, why = error, failed_at(error), first_line(error)
-    from demp_fx.tracing.exported import Exporter  # torch.export takes half a second to import
+    with torch.device("cpu"):  # torch.export makes tensors when it is imported, half a second long
+        from demp_fx.tracing.exported import Exporter
 
     exporter = Exporter(model, bind())
     try:

@@ -34,7 +34,7 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
                 stack.enter_context(torch.inference_mode(False))
             for device in filter(torch.is_autocast_enabled, _DEVICES):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            default = torch.get_default_device()
+            default = torch.empty(0).device  # get_default_device misses contexts in torch 2.6
             if default.type != "cpu":
                 _defaults.append(default)
                 stack.callback(_defaults.pop)

@@ -94,7 +94,8 @@ def aten_as_nodes(tracer: Any) -> Iterator[None]:
     # torch lists its functions once, for good: not while others stand in for them.
     for listed in (_device_constructors, _get_overridable_functions):
         listed()
-    importlib.import_module("torch._dynamo")  # which the first dispatch mode would import
+    with torch.device("cpu"):  # whatever the caller's default is
+        importlib.import_module("torch._dynamo")  # which the first dispatch mode would import
     with ExitStack() as stack:
         for module, recorded in _RECORDED.items():
             table = vars(module)
