@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 aten = torch.ops.aten
 # From the first argument on, and behind the tensor that they are made like.
@@ -21,6 +21,8 @@ LITERALS: set[Any] = {torch.linspace, torch.logspace, torch.arange, torch.tensor
                       aten.arange.start, aten.arange.start_step}  # fmt: skip
 
 ASKS: set[Any] = {"size", getattr, aten.sym_size.int}  # what asks for sizes
+# What reads no more of a tensor than that.
+SIZES: set[Any] = {*ASKS, "dim", "numel", "ndimension"}
 # What asks for the product of all sizes, of a tensor or of a list of them.
 COUNTS: set[Any] = {"numel", "nelement", torch.numel}
 
@@ -29,3 +31,11 @@ def called(node: fx.Node) -> Any:
     """The function that a node calls, or the name of the method; None of a module, an input or a
     parameter, which may have the name of any method (`self.mean`, `size`)."""
     return node.target if node.op in ("call_function", "call_method") else None
+
+
+def perform(node: fx.Node, root: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a node of the graph of `root` gives for these arguments."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    run: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return run(*args, **kwargs)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from demp_fx.calls import perform
 from demp_fx.channels.blocks import recurs_along
 from demp_fx.channels.labels import Labels, varying
 from demp_fx.tracing.regions import regions_of
@@ -105,12 +106,7 @@ class Chains:
         for node in chain.path:
             feed = functools.partial(_feed, {before: value}, self.env)
             args, kwargs = map_arg((node.args, node.kwargs), feed)
-            if node.op == "call_module":
-                value = self.graph.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = perform(node, self.graph, args, kwargs)
             before = node
         return value
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from demp_fx.calls import perform
 from demp_fx.tracing.states import written_among
 from demp_fx.trees import tensors_of
 
@@ -34,15 +35,11 @@ def computed(
             raise ValueError(f"{node.name} is an input")
         for n in node.all_input_nodes:
             known[n] = computed(n, graph, known, sizes)
-        args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         if node.op == "get_attr":
             known[node] = operator.attrgetter(str(node.target))(graph)
-        elif node.op == "call_module":
-            known[node] = graph.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = perform(node, graph, args, kwargs)
     return known[node]
 
 

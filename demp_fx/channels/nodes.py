@@ -14,12 +14,11 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from demp_fx.calls import LITERALS, called
+from demp_fx.calls import LITERALS, SIZES, called
 from demp_fx.channels.computed import numbers_in
 from demp_fx.channels.custom import LayerOp
 from demp_fx.channels.layers import Layers
 from demp_fx.channels.meta import as_meta
-from demp_fx.channels.places import SIZES
 from demp_fx.channels.plain import call_of
 from demp_fx.channels.running import Running
 from demp_fx.channels.stream import Rule

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import called
+from demp_fx.calls import SIZES, called
 from demp_fx.channels.constraints import Edge, Site
 from demp_fx.channels.labels import Labels, along, repeats, varying
 from demp_fx.channels.stream import Rule, Stream
@@ -25,7 +25,6 @@ from demp_fx.shapes import Shape
 aten = torch.ops.aten
 IN_PLACE_SUMS = {operator.iadd, "add_", aten.add_.Tensor}
 SUMS = {operator.add, torch.add, "add", aten.add.Tensor, *IN_PLACE_SUMS}
-SIZES = {getattr, "size", "dim", "numel", "ndimension", aten.sym_size.int}
 
 
 class Places(Stream):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from demp_fx.calls import called
+from demp_fx.calls import SIZES, called
 from demp_fx.channels.again import fixed, is_supplied, lost, wanted_elsewhere
 from demp_fx.channels.blanks import catch_up
 from demp_fx.channels.blocks import nested
@@ -28,7 +28,6 @@ from demp_fx.channels.facts import Facts, agreed
 from demp_fx.channels.labels import Labels, repeats, varying
 from demp_fx.channels.meta import on_meta, placeholder, without_collection
 from demp_fx.channels.nodes import Nodes, RefusalError
-from demp_fx.channels.places import SIZES
 from demp_fx.channels.stale import refresh
 from demp_fx.channels.stream import Rule
 from demp_fx.channels.system import System

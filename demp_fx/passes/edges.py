@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from demp_fx.calls import called
+from demp_fx.calls import SIZES, called
 from demp_fx.channels.constraints import Edge
 from demp_fx.channels.labels import varying
 from demp_fx.channels.network import CATS
-from demp_fx.channels.places import SIZES
 from demp_fx.passes.folds import indices
 from demp_fx.passes.plan import Gather, PruningPlan, Selection, Spread, Sum
 from demp_fx.passes.widths import Widths, along
