@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pydantic import BaseModel, ConfigDict, Field
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from demp_fx.errors import UsageError
-from demp_fx.passes.plan import text_of
+from demp_fx.passes.document import Document
 
 
 class _Data(BaseModel):
@@ -60,8 +57,10 @@ class Verification(_Data):
         return ", ".join(f"{e:.1e} in {mode} mode" for mode, e in modes.items() if e is not None)
 
 
-class CompileReport(_Data):
+class CompileReport(_Data, Document):
     """Everything about one compilation. Sizes are counts; MACs are of one example forward."""
+
+    what = "report of a compilation"
 
     model: str
     params_before: int
@@ -95,23 +94,3 @@ class CompileReport(_Data):
         """Removed channels over all channels that parameters carry."""
         before = self.channels_before
         return 1.0 - self.channels_after / before if before else 0.0
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> CompileReport:
-        """Raises `UsageError` where the text is not a report."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise UsageError(f"not a report of a compilation: {error}") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> CompileReport:
-        """Read from a JSON file. Raises `UsageError` where there is none that holds a report."""
-        return cls.from_json(text_of(path))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal as OneOf
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from demp_fx.errors import UsageError
+from demp_fx.passes.document import Document
 
 
 class _Data(BaseModel):
@@ -140,7 +139,7 @@ class Frozen(_Data):
     sizes: dict[str, list[tuple[int, int] | None]]
 
 
-class PruningPlan(_Data):
+class PruningPlan(_Data, Document):
     """What stays of a model.
 
     `keep`: for each parameter and buffer that gets narrower, by dim, the indices kept. `nodes`: for
@@ -149,6 +148,8 @@ class PruningPlan(_Data):
     dim 1. `shapes`: the original shape of each parameter that gets narrower, to tell whether a
     checkpoint fits.
     """
+
+    what = "pruning plan"
 
     version: OneOf[1] = 1
     keep: dict[str, dict[int, list[int]]] = {}
@@ -169,31 +170,3 @@ class PruningPlan(_Data):
     def rounds(self) -> bool:
         """Whether it computes numbers anew, which are rounded to the dtype of the parameters."""
         return bool(self.folds) or any(s.shift for s in self.sums)
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """Raises `UsageError` where the text is not a plan."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise UsageError(f"not a pruning plan: {error}") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> PruningPlan:
-        """Read from a JSON file. Raises `UsageError` where there is none that holds a plan."""
-        return cls.from_json(text_of(path))
-
-
-def text_of(path: str | Path) -> str:
-    """What a file holds. Raises `UsageError` where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
