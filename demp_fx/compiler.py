@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,12 +99,14 @@ def compile(
         walked = bare = walk(graph)
     samples, probe = 0, inputs
     if calibration is not None:
-        batches = list(read_batches(calibration, graph))
         with clock("observe"):
+            batches = read_batches(calibration, graph)  # one at a time: they may be large
+            first = list(itertools.islice(batches, 1))
             training = optimizer is not None or model.training
             modes = (False, True) if training else (False,)
-            seen, samples = observe(graph, batches, walked.activations, modes)
-            probe = batches[0]
+            every = itertools.chain(first, batches)
+            seen, samples = observe(graph, every, walked.activations, modes)
+            probe = first[0]
         with clock("analyze"):
             walked = walk(graph, seen)
     with clock("narrow"), without_collection():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -88,3 +89,24 @@ def test_batches_without_a_sample_show_nothing() -> None:
 def test_what_does_not_fit_is_told(calibration: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         left(Single(), X[:2], calibration)
+
+
+def test_batches_are_taken_one_at_a_time() -> None:
+    """A calibration set need not fit into memory."""
+    held: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def data() -> Iterator[Tensor]:
+        nonlocal most
+        for _ in range(6):
+            most = max(most, sum(r() is not None for r in held))
+            batch = torch.randn(4, 5)
+            held.append(weakref.ref(batch))
+            yield batch
+
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        model.get_parameter("0.bias")[:3] = -100.0
+    report = demp_fx.compile(model, torch.randn(2, 5), calibration=data()).report
+    assert report.dead_observed == 3
+    assert most <= 3  # the first, which the result is compared on, and the last two
